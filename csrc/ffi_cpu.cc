@@ -1,0 +1,155 @@
+// The handlers for platform "cpu": a call becomes tasks on XLA's own thread pool. And the Python
+// module _cpu, which offers them for registration.
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "bce_cpu.h"
+#include "ffi_common.h"
+
+namespace jax_bce {
+namespace {
+
+// The fastest kernel this processor runs, or the one the environment variable JAX_BCE_CPU names;
+// null where there is none.
+const CpuKernel* choose_kernel() {
+  const char* wanted = std::getenv("JAX_BCE_CPU");
+  const auto allowed = [&](const CpuKernel& kernel) {
+    return !wanted || !*wanted || std::strcmp(wanted, kernel.instruction_set) == 0;
+  };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512cd");
+  if (v4 && allowed(kAvx512Kernel)) return &kAvx512Kernel;
+  if (v3 && allowed(kBaselineKernel)) return &kBaselineKernel;
+  return nullptr;
+#else
+  return allowed(kBaselineKernel) ? &kBaselineKernel : nullptr;
+#endif
+}
+
+const CpuKernel* const kernel = choose_kernel();
+
+// Runs f(0), ..., f(count - 1) on the pool and the calling thread. The caller takes part and never
+// waits for a helper that has not begun: a pool whose threads are all such callers cannot deadlock.
+// A helper that begins late finds no work and touches nothing but the shared state.
+template <class F>
+void parallel_for(ffi::ThreadPool pool, int64_t count, const F& f) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    int64_t done = 0;
+  };
+  const auto state = std::make_shared<State>();
+  const F* body = &f;
+  const auto work = [state, count, body] {
+    int64_t mine = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++mine) (*body)(i);
+    if (mine == 0) return;
+    const std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += mine;
+    if (state->done == count) state->all_done.notify_all();
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == count; });
+}
+
+template <bool kLoss, bool kGradient>
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
+               ffi::AnyBuffer scale, ffi::RemainingRets results, int64_t reduced_rank,
+               int64_t count) {
+  Problem problem;
+  if (ffi::Error error = describe(logits, labels, scale, results, kLoss, kGradient, reduced_rank,
+                                  count, &problem);
+      error.failure())
+    return error;
+  const int64_t rows = problem.rows(), columns = problem.columns();
+  const int64_t blocks = std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
+  std::vector<double> sums(problem.reduce && blocks > 1 ? rows * blocks : 0);
+  const auto finish = [&](int64_t row, double sum) {
+    const int64_t scale = problem.row_start(problem.scale, row);
+    const auto write = [&](auto* loss, const auto* scales) {
+      loss[row] = sum * scales[scale] / problem.count;
+    };
+    if (problem.loss.type == Type::kF64)
+      write(static_cast<double*>(problem.loss.data), static_cast<const double*>(problem.scale.data));
+    else
+      write(static_cast<float*>(problem.loss.data), static_cast<const float*>(problem.scale.data));
+  };
+
+  // A task is one block of a long row, or as many short rows as make up about a block.
+  const int64_t rows_in_task = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, columns));
+  const int64_t tasks = blocks > 1 ? rows * blocks : (rows + rows_in_task - 1) / rows_in_task;
+  const auto run_task = [&](int64_t task) {
+    if (blocks > 1) {
+      const int64_t begin = task % blocks * kBlock;
+      const double sum =
+          kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
+      if (problem.reduce) sums[task] = sum;
+      return;
+    }
+    const int64_t end = std::min(rows, (task + 1) * rows_in_task);
+    for (int64_t row = task * rows_in_task; row < end; ++row) {
+      const double sum = kernel->block(problem, row, 0, columns);
+      if (problem.reduce) finish(row, sum);
+    }
+  };
+  // Handing work to another thread costs as much as a few blocks.
+  constexpr int64_t kSerialTasks = 4;
+  if (tasks <= kSerialTasks) {
+    for (int64_t task = 0; task < tasks; ++task) run_task(task);
+  } else {
+    parallel_for(pool, tasks, run_task);
+  }
+  if (!sums.empty()) {
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += sums[row * blocks + block];
+      finish(row, sum);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<ffi::ThreadPool>());
+
+namespace py = pybind11;
+
+py::dict registrations() {
+  py::dict targets;
+  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
+    targets[name] = py::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("jax_bce_v1_loss", BceLoss);
+  add("jax_bce_v1_loss_and_grad", BceLossAndGrad);
+  add("jax_bce_v1_grad", BceGrad);
+  return targets;
+}
+
+}  // namespace
+}  // namespace jax_bce
+
+PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
+  module.def("registrations", &jax_bce::registrations);
+  module.def("instruction_set", [] {
+    return jax_bce::kernel ? jax_bce::kernel->instruction_set : "";
+  });
+  module.attr("xla_ffi_api_version") =
+      pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+}

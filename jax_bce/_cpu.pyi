@@ -1,0 +1,6 @@
+from typing import Any
+
+xla_ffi_api_version: tuple[int, int]
+
+def registrations() -> dict[str, Any]: ...
+def instruction_set() -> str: ...
