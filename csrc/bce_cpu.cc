@@ -25,8 +25,18 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
+#define BCE_X86(operation, ...)                  \
+  if constexpr (sizeof(T) == 4)                  \
+    return _mm512_##operation##_ps(__VA_ARGS__); \
+  else                                           \
+    return _mm512_##operation##_pd(__VA_ARGS__)
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
+#define BCE_X86(operation, ...)                  \
+  if constexpr (sizeof(T) == 4)                  \
+    return _mm256_##operation##_ps(__VA_ARGS__); \
+  else                                           \
+    return _mm256_##operation##_pd(__VA_ARGS__)
 #else
 constexpr int kVectorBytes = 16;
 #endif
@@ -57,19 +67,22 @@ struct Vector {
     return mask ? yes : no;
   }
 
-  // Every build of this file has the instruction; no compiler may round a product on its own.
+  // Every build of this file has these instructions. GCC does not find min and max in a comparison
+  // and a selection, and no compiler may decide on its own where to round a product.
+#if defined(BCE_X86)
+  static BCE_INLINE Float min(Float a, Float b) { BCE_X86(min, a, b); }
+  static BCE_INLINE Float max(Float a, Float b) { BCE_X86(max, a, b); }
+  static BCE_INLINE Float fma(Float a, Float b, Float c) { BCE_X86(fmadd, a, b, c); }
+#else
+  static BCE_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+  static BCE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
   static BCE_INLINE Float fma(Float a, Float b, Float c) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return _mm512_fmadd_ps(a, b, c);
-    else return _mm512_fmadd_pd(a, b, c);
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) return _mm256_fmadd_ps(a, b, c);
-    else return _mm256_fmadd_pd(a, b, c);
-#elif defined(__aarch64__)
-    if constexpr (sizeof(T) == 4) return vfmaq_f32(c, a, b);
-    else return vfmaq_f64(c, a, b);
-#endif
+    if constexpr (sizeof(T) == 4)
+      return vfmaq_f32(c, a, b);
+    else
+      return vfmaq_f64(c, a, b);
   }
+#endif
 
   static BCE_INLINE Float load(const Scalar* from) {
     Float value;
@@ -151,16 +164,25 @@ BCE_INLINE void narrow(double value, float* to) { *to = static_cast<float>(value
 template <class F>
 BCE_INLINE auto dispatch(Type type, F f) {
   switch (type) {
-    case Type::kF16: return f(static_cast<Float16*>(nullptr));
-    case Type::kBF16: return f(static_cast<BFloat16*>(nullptr));
-    case Type::kF32: return f(static_cast<float*>(nullptr));
-    case Type::kF64: return f(static_cast<double*>(nullptr));
-    case Type::kI8: return f(static_cast<int8_t*>(nullptr));
+    case Type::kF16:
+      return f(static_cast<Float16*>(nullptr));
+    case Type::kBF16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Type::kF32:
+      return f(static_cast<float*>(nullptr));
+    case Type::kF64:
+      return f(static_cast<double*>(nullptr));
+    case Type::kI8:
+      return f(static_cast<int8_t*>(nullptr));
     case Type::kBool:
-    case Type::kU8: return f(static_cast<uint8_t*>(nullptr));
-    case Type::kI16: return f(static_cast<int16_t*>(nullptr));
-    case Type::kI32: return f(static_cast<int32_t*>(nullptr));
-    case Type::kI64: break;
+    case Type::kU8:
+      return f(static_cast<uint8_t*>(nullptr));
+    case Type::kI16:
+      return f(static_cast<int16_t*>(nullptr));
+    case Type::kI32:
+      return f(static_cast<int32_t*>(nullptr));
+    case Type::kI64:
+      break;
   }
   return f(static_cast<int64_t*>(nullptr));
 }
@@ -221,7 +243,8 @@ void store(const Result& result, int64_t offset, int size, const Scalar* from) {
   });
 }
 
-// A block's sum: float64 lanes for the rounded losses, the arithmetic's type for what rounding lost.
+// A block's sum: float64 lanes for the rounded losses, the arithmetic's type for what rounding
+// lost.
 template <class Scalar>
 struct Sum {
   using V = Vector<Scalar>;

@@ -19,7 +19,7 @@
 // in every compiler: each lane type gives the same bits.
 //
 // A Lanes class names Scalar (float or double), Float (its lanes), Bits (unsigned, as wide), and
-// has set, fma, select, to_bits and from_bits.
+// has set, fma, select, min (a < b ? a : b), max (a > b ? a : b), to_bits and from_bits.
 #pragma once
 
 #ifdef __CUDACC__
@@ -30,7 +30,8 @@
 
 namespace jax_bce {
 
-// c0 + c1 x + c2 x^2 + ..., in pairs (Estrin): a shorter chain of dependent operations than Horner's.
+// c0 + c1 x + c2 x^2 + ..., in pairs (Estrin): a shorter chain of dependent operations than
+// Horner's.
 template <class Lanes, class... Coefficients>
 BCE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x, Coefficients... coefficients) {
   constexpr int kCount = sizeof...(Coefficients);
@@ -53,9 +54,11 @@ template <>
 struct Format<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kExponentBias = 127;
-  static constexpr float kRound = 0x1.8p23f;    // x + kRound holds the nearest integer in its low bits
-  static constexpr float kUnderflow = 105;      // exp(-105) rounds to zero
-  static constexpr float kTinyExponent = -64;   // below 2^-64, log1p(e) = e / (1 + e) = e
+  static constexpr float kRound =
+      0x1.8p23f;  // x + kRound holds the nearest integer in its low bits
+  static constexpr float kInfinity = __builtin_huge_valf();
+  static constexpr float kUnderflow = 105;     // exp(-105) rounds to zero
+  static constexpr float kTinyExponent = -64;  // below 2^-64, log1p(e) = e / (1 + e) = e
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // k * high is exact
 
   // (exp(r) - 1 - r) / r^2 for |r| <= log(2) / 2, to a relative 2^-31 of exp(r)
@@ -68,9 +71,9 @@ struct Format<float> {
   // (f - log1p(f)) / f^2 for -1/4 <= f <= 1/2, to a relative 2^-28 of log1p(f)
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float log1p_tail(typename Lanes::Float f) {
-    return polynomial<Lanes>(f, 0x1.555554p-2f, -0x1.00004ap-2f, 0x1.999b3ep-3f,
-                             -0x1.552a58p-3f, 0x1.2414a2p-3f, -0x1.03532ap-3f, 0x1.e1a294p-4f,
-                             -0x1.8833cap-4f, 0x1.5924d6p-5f);
+    return polynomial<Lanes>(f, 0x1.555554p-2f, -0x1.00004ap-2f, 0x1.999b3ep-3f, -0x1.552a58p-3f,
+                             0x1.2414a2p-3f, -0x1.03532ap-3f, 0x1.e1a294p-4f, -0x1.8833cap-4f,
+                             0x1.5924d6p-5f);
   }
 };
 
@@ -79,6 +82,7 @@ struct Format<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr double kExponentBias = 1023;
   static constexpr double kRound = 0x1.8p52;
+  static constexpr double kInfinity = __builtin_huge_val();
   static constexpr double kUnderflow = 750;
   static constexpr double kTinyExponent = -200;
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
@@ -93,13 +97,12 @@ struct Format<double> {
 
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float log1p_tail(typename Lanes::Float f) {
-    return polynomial<Lanes>(f, 0x1.555555555554ep-2, -0x1.000000000004dp-2,
-                             0x1.999999999bb5fp-3, -0x1.555555554ab83p-3, 0x1.249249231577bp-3,
-                             -0x1.00000002dac8cp-3, 0x1.c71c72be1ea67p-4, -0x1.999999d3cf455p-4,
-                             0x1.745ced243b19ap-4, -0x1.5555049dcd13bp-4, 0x1.3b177ecbe82e4p-4,
-                             -0x1.249fd27c03b7fp-4, 0x1.10eabdbc11e1ap-4, -0x1.fe06cce11c902p-5,
-                             0x1.e146b2f279f84p-5, -0x1.d6911d8e32164p-5, 0x1.d1d865ef238a2p-5,
-                             -0x1.9034f0583b2dp-5, 0x1.d4ae44717f4fep-6, -0x1.040a91e799a7bp-7);
+    return polynomial<Lanes>(
+        f, 0x1.555555555554ep-2, -0x1.000000000004dp-2, 0x1.999999999bb5fp-3, -0x1.555555554ab83p-3,
+        0x1.249249231577bp-3, -0x1.00000002dac8cp-3, 0x1.c71c72be1ea67p-4, -0x1.999999d3cf455p-4,
+        0x1.745ced243b19ap-4, -0x1.5555049dcd13bp-4, 0x1.3b177ecbe82e4p-4, -0x1.249fd27c03b7fp-4,
+        0x1.10eabdbc11e1ap-4, -0x1.fe06cce11c902p-5, 0x1.e146b2f279f84p-5, -0x1.d6911d8e32164p-5,
+        0x1.d1d865ef238a2p-5, -0x1.9034f0583b2dp-5, 0x1.d4ae44717f4fep-6, -0x1.040a91e799a7bp-7);
   }
 };
 
@@ -142,11 +145,11 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const Bits sign = Lanes::to_bits(logit) >> kSignBit << kSignBit;
   const Float magnitude = Lanes::from_bits(Lanes::to_bits(logit) ^ sign);
 
-  // exp(-|x|) = 2^exponent (1 + s); the comparison lets NaN through.
-  const Float underflow = Lanes::set(F::kUnderflow);
-  const Float a = Lanes::select(magnitude > underflow, underflow, magnitude);
-  const Float round = Lanes::set(F::kRound);
-  const Float exponent = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round) - round;
+  // exp(-|x|) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
+  const Float a = Lanes::min(Lanes::set(F::kUnderflow), magnitude);
+  const Float round = Lanes::set(F::kRound + F::kExponentBias);
+  const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
+  const Float exponent = biased - round;
   const Float r_high = Lanes::fma(exponent, Lanes::set(-F::kLn2High), -a);
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
   const Float r_low = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high - r);
@@ -157,13 +160,13 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   // The power of two goes on in two steps, the second after log1p and sigmoid, which are the
   // identity on tiny numbers: so that the pairs below stay normal and a subnormal result is rounded
   // from all its digits.
-  const Float tiny = Lanes::set(F::kTinyExponent);
-  const Float first_exponent = Lanes::select(exponent < tiny, tiny, exponent);
-  const Float biased_round = Lanes::set(F::kRound + F::kExponentBias);
-  const Float first_scale =
-      Lanes::from_bits(Lanes::to_bits(first_exponent + biased_round) << F::kMantissaBits);
-  const Float second_scale = Lanes::from_bits(
-      Lanes::to_bits(exponent - first_exponent + biased_round) << F::kMantissaBits);
+  const Float first =
+      Lanes::max(Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent), biased);
+  const auto power = [](Float biased) {
+    return Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
+  };
+  const Float first_scale = power(first);
+  const Float second_scale = power((biased - first) + round);
   const Float e = mantissa.high * first_scale, e_low = mantissa_low * first_scale;
 
   // sigmoid(-|x|) = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) is one minus that.
@@ -180,11 +183,11 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const Pair<Float> log1p =
       fast_two_sum(Lanes::select(large, Lanes::set(Scalar(0.6931471805599453)), zero), f);
   const Float log1p_low =
-      log1p.low + Lanes::fma(f * f, Lanes::fma(f, F::template log1p_tail<Lanes>(f), -half),
-                             e_low_sigmoid);
+      log1p.low +
+      Lanes::fma(f * f, Lanes::fma(f, F::template log1p_tail<Lanes>(f), -half), e_low_sigmoid);
 
   // c = x >= 0 ? 1 - y : y
-  const auto negative = logit < zero;
+  const auto negative = sign != Lanes::to_bits(zero);  // of -0 too, as the gradient's sign
   const Pair<Float> complement = fast_two_sum(one, -label);
   const Float c = Lanes::select(negative, label, complement.high);
   const Float c_low = Lanes::select(negative, zero, complement.low);
@@ -194,8 +197,10 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const Float linear = bounded * c;
   const Float linear_low = Lanes::fma(bounded, c_low, Lanes::fma(bounded, c, -linear));
   const Pair<Float> loss = two_sum(linear, log1p.high * second_scale);
-  const Pair<Float> rounded = fast_two_sum(
-      loss.high, loss.low + Lanes::fma(log1p_low, second_scale, linear_low));
+  const Float loss_rest = loss.low + Lanes::fma(log1p_low, second_scale, linear_low);
+  // What the rounding of an infinite loss lost is not a number.
+  const auto finite = loss.high < Lanes::set(F::kInfinity);
+  const Pair<Float> rounded = fast_two_sum(loss.high, Lanes::select(finite, loss_rest, zero));
   element.loss = rounded.high;
   element.loss_low = rounded.low;
 

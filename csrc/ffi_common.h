@@ -34,17 +34,38 @@ auto Signature() {
 
 inline bool to_type(ffi::DataType from, Type* to) {
   switch (from) {
-    case ffi::DataType::F16: *to = Type::kF16; return true;
-    case ffi::DataType::BF16: *to = Type::kBF16; return true;
-    case ffi::DataType::F32: *to = Type::kF32; return true;
-    case ffi::DataType::F64: *to = Type::kF64; return true;
-    case ffi::DataType::PRED: *to = Type::kBool; return true;
-    case ffi::DataType::S8: *to = Type::kI8; return true;
-    case ffi::DataType::U8: *to = Type::kU8; return true;
-    case ffi::DataType::S16: *to = Type::kI16; return true;
-    case ffi::DataType::S32: *to = Type::kI32; return true;
-    case ffi::DataType::S64: *to = Type::kI64; return true;
-    default: return false;
+    case ffi::DataType::F16:
+      *to = Type::kF16;
+      return true;
+    case ffi::DataType::BF16:
+      *to = Type::kBF16;
+      return true;
+    case ffi::DataType::F32:
+      *to = Type::kF32;
+      return true;
+    case ffi::DataType::F64:
+      *to = Type::kF64;
+      return true;
+    case ffi::DataType::PRED:
+      *to = Type::kBool;
+      return true;
+    case ffi::DataType::S8:
+      *to = Type::kI8;
+      return true;
+    case ffi::DataType::U8:
+      *to = Type::kU8;
+      return true;
+    case ffi::DataType::S16:
+      *to = Type::kI16;
+      return true;
+    case ffi::DataType::S32:
+      *to = Type::kI32;
+      return true;
+    case ffi::DataType::S64:
+      *to = Type::kI64;
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -123,10 +144,10 @@ inline ffi::Error describe(ffi::AnyBuffer logits, ffi::AnyBuffer labels, ffi::An
   if (problem->reduce && problem->scale.strides[merged - 1] != 0)
     return invalid("scale must not vary along the reduced dimensions");
 
-  if (results.size() != size_t{loss} + size_t{gradient})
-    return invalid("wrong number of results");
+  if (results.size() != size_t{loss} + size_t{gradient}) return invalid("wrong number of results");
   int next = 0;
-  for (Result* result : {loss ? &problem->loss : nullptr, gradient ? &problem->gradient : nullptr}) {
+  for (Result* result :
+       {loss ? &problem->loss : nullptr, gradient ? &problem->gradient : nullptr}) {
     if (!result) continue;
     const bool reduced = result == &problem->loss && problem->reduce;
     ffi::Result<ffi::AnyBuffer> buffer = *results.get<ffi::AnyBuffer>(next++);

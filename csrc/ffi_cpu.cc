@@ -73,8 +73,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
                ffi::AnyBuffer scale, ffi::RemainingRets results, int64_t reduced_rank,
                int64_t count) {
   Problem problem;
-  if (ffi::Error error = describe(logits, labels, scale, results, kLoss, kGradient, reduced_rank,
-                                  count, &problem);
+  if (ffi::Error error =
+          describe(logits, labels, scale, results, kLoss, kGradient, reduced_rank, count, &problem);
       error.failure())
     return error;
   const int64_t rows = problem.rows(), columns = problem.columns();
@@ -86,7 +86,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
       loss[row] = sum * scales[scale] / problem.count;
     };
     if (problem.loss.type == Type::kF64)
-      write(static_cast<double*>(problem.loss.data), static_cast<const double*>(problem.scale.data));
+      write(static_cast<double*>(problem.loss.data),
+            static_cast<const double*>(problem.scale.data));
     else
       write(static_cast<float*>(problem.loss.data), static_cast<const float*>(problem.scale.data));
   };
@@ -147,9 +148,7 @@ py::dict registrations() {
 
 PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
   module.def("registrations", &jax_bce::registrations);
-  module.def("instruction_set", [] {
-    return jax_bce::kernel ? jax_bce::kernel->instruction_set : "";
-  });
-  module.attr("xla_ffi_api_version") =
-      pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  module.def("instruction_set",
+             [] { return jax_bce::kernel ? jax_bce::kernel->instruction_set : ""; });
+  module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

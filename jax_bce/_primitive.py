@@ -38,7 +38,7 @@ except ImportError as error:
 KINDS = ("loss", "loss_and_grad", "grad")
 
 
-def _ffi_version_of_jaxlib() -> tuple[int, int]:
+def ffi_version_of_jaxlib() -> tuple[int, int]:
     """The FFI version of the running jaxlib, which states it in its headers only."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (
@@ -74,7 +74,7 @@ def missing(platform: str) -> str | None:
             "this version of jax_bce has no CUDA kernel: leave implementation=None, and XLA "
             "compiles the loss for the GPU"
         )
-    return _why_no_cpu_kernel(_cpu, _ffi_version_of_jaxlib())
+    return _why_no_cpu_kernel(_cpu, ffi_version_of_jaxlib())
 
 
 def _register() -> None:

@@ -1,0 +1,47 @@
+# make demo: the training example. make test: the tests. Both from a fresh clone, both repeatable.
+PYTHON ?= python3
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+RUN := $(VENV)/bin/python
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* jax_bce/*.py jax_bce/*.pyi)
+
+.PHONY: demo test lint exhaustive bench clean
+
+demo: $(VENV)/.demo
+	$(RUN) examples/train_digits.py --plot train_digits.png
+
+test: $(VENV)/.test
+	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(RUN) -m pytest -n auto
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc
+
+# Every float32 logit and every 16-bit one: about ten minutes on two cores.
+exhaustive: $(VENV)/.test
+	$(RUN) tests/exhaustive.py
+
+# Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
+bench: $(VENV)/.bench
+	$(RUN) benchmarks/bench.py $(BENCH)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: an install is repeated only when a source is newer.
+$(VENV)/.demo: EXTRAS := examples
+$(VENV)/.test: EXTRAS := test
+$(VENV)/.lint: EXTRAS := test,lint
+$(VENV)/.%: $(VENV)/bin/python $(SOURCES)
+	$(RUN) -m pip install --quiet --disable-pip-version-check '.[$(EXTRAS)]'
+	touch $@
+
+# A peer of the benchmark alone: its wheel may bring CUDA libraries of several GB. TORCH= leaves it out.
+TORCH ?= torch==2.13.0
+$(VENV)/.bench: $(VENV)/.test
+	$(if $(TORCH),$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH))
+	touch $@
+
+clean:
+	rm -rf build .venv-*

@@ -1,0 +1,36 @@
+"""`python -m jax_bce`: what is installed, what is used and why, and how to mend what is missing."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import jax
+
+from jax_bce import _cpu
+from jax_bce._primitive import ffi_version_of_jaxlib, missing
+
+
+def report() -> dict[str, str]:
+    """One line per fact, for this page and for the records of the benchmark."""
+    built, running = _cpu.xla_ffi_api_version, ffi_version_of_jaxlib()
+    cpu, cuda = missing("cpu"), missing("cuda")
+    backend = jax.default_backend()
+    used = {"cpu": cpu, "gpu": cuda}.get(backend, "no kernel for this platform")
+    # XLA sizes its pool by the cores this process may use.
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "jax_bce": version("jax-bce"),
+        "python": platform.python_version(),
+        "jax": f"{jax.__version__}, jaxlib {version('jaxlib')}",
+        "XLA FFI": f"{running[0]}.{running[1]}, kernels built for {built[0]}.{built[1]}",
+        "cpu kernel": f"not usable: {cpu}" if cpu else f"loaded, {_cpu.instruction_set()}",
+        "cpu threads": str(threads),
+        "cuda kernel": f"not usable: {cuda}" if cuda else "loaded",
+        "default platform": backend,
+        "implementation=None": "xla" if used else f"the {backend} kernel",
+    }
+
+
+if __name__ == "__main__":
+    for fact, value in report().items():
+        print(f"{fact:20} {value}")

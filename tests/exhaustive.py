@@ -1,0 +1,189 @@
+"""Every logit there is: all 2^32 of float32, all 2^16 of float16 and bfloat16.
+
+    python tests/exhaustive.py              # `make exhaustive`
+    python tests/exhaustive.py --stride 4096 --implementation xla
+
+Prints, as a table for the README, the largest error in ulp, where it occurs, and the share of
+results that are the exact value rounded once. Fails if one of them is outside the contract.
+
+A float32 magnitude a is asked four times, (a, 0), (-a, 1), (a, 1) and (-a, 0); the first two have
+one exact loss and opposite exact gradients, and so have the last two.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import oracle
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jax_bce
+
+CHUNK = 2**20
+MAGNITUDES = 2**31  # with the sign bit clear: infinity and the NaNs are among them
+SOFT_LABELS = (0.1, 0.9)
+
+
+@dataclass
+class Worst:
+    """The error of many results against their exact values."""
+
+    ulp: float = 0.0
+    logit: float = 0.0
+    label: float = 0.0
+    results: int = 0
+    inexact: int = 0
+
+    def merge(self, other: "Worst") -> "Worst":
+        worse = other if other.ulp > self.ulp else self
+        return Worst(
+            worse.ulp,
+            worse.logit,
+            worse.label,
+            self.results + other.results,
+            self.inexact + other.inexact,
+        )
+
+    @property
+    def share(self) -> float:
+        return 1 - self.inexact / max(1, self.results)
+
+
+def measure(
+    actual: np.ndarray, exact: np.ndarray, logits: np.ndarray, label: float, scale: np.ndarray
+) -> Worst:
+    """The distance is computed for those results only that are not the exact value rounded once."""
+    rounded = oracle.round_to(exact, actual.dtype) if actual.itemsize == 2 else _to_float32(exact)
+    differs = ~((actual == rounded) | (np.isnan(actual) & np.isnan(exact)))
+    where = np.flatnonzero(differs)
+    if not where.size:
+        return Worst(results=actual.size)
+    distance = oracle.ulp_distance(actual[where], exact[where], actual.dtype, scale[where])
+    worst = int(np.argmax(distance))
+    return Worst(
+        float(distance[worst]), float(logits[where[worst]]), label, actual.size, where.size
+    )
+
+
+def _to_float32(exact: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return exact.astype(np.float32)
+
+
+@functools.cache
+def _kernel(implementation: str | None):
+    return jax.jit(
+        functools.partial(jax_bce.loss_and_grad, reduction="none", implementation=implementation)
+    )
+
+
+def check_magnitudes(
+    first: int, size: int, stride: int, implementation: str | None
+) -> dict[str, Worst]:
+    patterns = np.arange(first, first + size * stride, stride, dtype=np.uint32)
+    magnitude = patterns.view(np.float32)
+    found = {"loss": Worst(), "gradient": Worst()}
+    for label in (0.0, 1.0):
+        exact = oracle.exact(magnitude, np.float64(label))
+        for sign in (1, -1):
+            logits = np.copysign(magnitude, np.float32(sign))
+            asked = label if sign == 1 else 1 - label
+            loss, gradient = map(np.asarray, _kernel(implementation)(logits, np.float32(asked)))
+            worst = {
+                "loss": measure(loss, exact.loss, logits, asked, exact.loss),
+                "gradient": measure(gradient, sign * exact.gradient, logits, asked, exact.gradient),
+            }
+            found = {name: found[name].merge(worst[name]) for name in found}
+    return found
+
+
+def float32_rows(stride: int, implementation: str | None, console: Console) -> dict[str, Worst]:
+    size = min(CHUNK, MAGNITUDES // stride)
+    starts = range(0, MAGNITUDES, size * stride)
+    found = {"loss": Worst(), "gradient": Worst()}
+    workers = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(check_magnitudes, s, size, stride, implementation) for s in starts]
+        for job in track(jobs, "float32, every logit", console=console):
+            found = {name: found[name].merge(worst) for name, worst in job.result().items()}
+    return found
+
+
+def rows_16_bit(dtype: np.dtype, labels: tuple[float, ...], implementation: str | None):
+    logits = oracle.every_16_bit(dtype)
+    found = {"loss": Worst(), "gradient": Worst()}
+    for value in labels:
+        label = np.full_like(logits, value)
+        exact = oracle.exact(logits, label)
+        loss, gradient = map(np.asarray, _kernel(implementation)(logits, label))
+        scale = exact.gradient if value in (0, 1) else exact.gradient_scale
+        worst = {
+            "loss": measure(loss, exact.loss, logits, value, exact.loss),
+            "gradient": measure(gradient, exact.gradient, logits, value, scale),
+        }
+        found = {name: found[name].merge(worst[name]) for name in found}
+    return found
+
+
+def rows(
+    stride: int, implementation: str | None, console: Console
+) -> Iterator[tuple[str, str, str, Worst]]:
+    contract_rows = [("float32", "hard", float32_rows(stride, implementation, console))]
+    for dtype in (oracle.BFLOAT16, oracle.FLOAT16):
+        contract_rows.append((dtype.name, "hard", rows_16_bit(dtype, (0.0, 1.0), implementation)))
+        contract_rows.append((dtype.name, "soft", rows_16_bit(dtype, SOFT_LABELS, implementation)))
+    for dtype_name, kind, found in contract_rows:
+        for quantity, worst in found.items():
+            yield dtype_name, kind, quantity, worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--stride", type=int, default=1, help="between float32 bit patterns")
+    parser.add_argument("--implementation", choices=("cpu", "cuda", "xla"))
+    arguments = parser.parse_args()
+    tolerance = oracle.TOLERANCE[arguments.implementation or "cpu"]
+    console = Console(stderr=True)
+    labels = {"hard": "0, 1", "soft": ", ".join(map(str, SOFT_LABELS))}
+
+    table = Table(box=box.MARKDOWN)
+    for column in (
+        "dtype",
+        "labels",
+        "result",
+        "values",
+        "max ulp",
+        "at logit, label",
+        "rounded once",
+    ):
+        table.add_column(column, no_wrap=True)
+    failed = False
+    for dtype, kind, quantity, worst in rows(arguments.stride, arguments.implementation, console):
+        allowed = getattr(tolerance.elements[dtype, kind], quantity)
+        failed |= not worst.ulp <= allowed
+        table.add_row(
+            dtype,
+            labels[kind],
+            quantity,
+            f"{worst.results:,}",
+            f"{worst.ulp:.4f}" + ("" if worst.ulp <= allowed else f" > {allowed}"),
+            f"{worst.logit:.9g}, {worst.label:g}",
+            f"{worst.share:.5%}" + (f" ({worst.inexact} not)" if worst.results < 2**20 else ""),
+        )
+    Console(width=140).print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""What is exact, how far from it a result may be, and the inputs worth asking.
+
+Nothing here knows the package or JAX. Exact values are float64, or mpmath numbers (numpy arrays of
+dtype object) where the logits are float64. Distances are counted in ulp: units in the last place
+of the result's type at the exact value. `TOLERANCE` is the only place that holds a tolerance.
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import mpmath
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+Values = np.ndarray
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(
+    np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+)
+FLOATS = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
+INTEGERS = tuple(map(np.dtype, (bool, np.int8, np.uint8, np.int16, np.int32, np.int64)))
+
+# 200 bits: twice the digits that a float64 number and a sum of two of them can ask for.
+_MP = mpmath.MPContext()
+_MP.prec = 200
+
+
+@dataclass(frozen=True)
+class Ulp:
+    """How far a loss and a gradient may be from the exact value, in ulp of the result's type.
+
+    One ulp of a float32 or float64 gradient is taken at max((1 - y) sigmoid(x), y sigmoid(-x)):
+    with labels 0 and 1 that is the gradient itself, with others the larger of what cancels.
+    """
+
+    loss: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an implementation promises; "hard" labels are 0 and 1, "soft" ones lie between."""
+
+    elements: dict[tuple[str, str], Ulp]
+    sum: float  # relative, of a loss that adds up float32 or 16-bit elements
+    sum_float64: float  # relative, for up to 4096 elements
+    flushes: bool  # a result below the arithmetic's smallest normal number may be 0
+
+
+# The accuracy contract, which also stands in csrc/bce_math.h.
+_CONTRACT = Tolerance(
+    elements={
+        ("float32", "hard"): Ulp(loss=1, gradient=1),
+        ("float32", "soft"): Ulp(loss=2, gradient=1),
+        ("bfloat16", "hard"): Ulp(loss=0.502, gradient=0.502),
+        ("bfloat16", "soft"): Ulp(loss=0.502, gradient=0.502),
+        ("float16", "hard"): Ulp(loss=0.502, gradient=0.502),
+        ("float16", "soft"): Ulp(loss=0.502, gradient=0.502),
+        ("float64", "hard"): Ulp(loss=4, gradient=4),
+        ("float64", "soft"): Ulp(loss=4, gradient=4),
+    },
+    sum=2**-23,
+    sum_float64=2**-40,
+    flushes=False,
+)
+
+# What XLA's own exp, log1p and sums reach on CPU. No contract: it shows that the formula is right.
+_XLA = Tolerance(
+    elements={
+        ("float32", "hard"): Ulp(loss=8, gradient=8),
+        ("float32", "soft"): Ulp(loss=8, gradient=8),
+        ("bfloat16", "hard"): Ulp(loss=0.51, gradient=0.51),
+        ("bfloat16", "soft"): Ulp(loss=0.51, gradient=0.51),
+        ("float16", "hard"): Ulp(loss=0.51, gradient=0.51),
+        ("float16", "soft"): Ulp(loss=0.51, gradient=0.75),
+        ("float64", "hard"): Ulp(loss=8, gradient=8),
+        ("float64", "soft"): Ulp(loss=8, gradient=8),
+    },
+    sum=2**-16,
+    sum_float64=2**-40,
+    flushes=True,
+)
+
+TOLERANCE = {"cpu": _CONTRACT, "cuda": _CONTRACT, "xla": _XLA}
+
+# More ulp of the arithmetic's type, for a factor such as 1/N: it is rounded, and so is the product.
+FACTOR = 2.0
+# Second and third derivatives are plain jnp: ulp of sigmoid(x) sigmoid(-x) in the result's type.
+DERIVATIVE = 16.0
+# The decimal inputs and the expected values of cases.json are themselves rounded to float64.
+CASE = 2.0
+
+
+def kind_of(labels: ArrayLike) -> str:
+    y = np.asarray(labels, np.float64)
+    return "hard" if np.all((y == 0) | (y == 1)) else "soft"
+
+
+def arithmetic_dtype(dtype: DTypeLike) -> np.dtype:
+    """The type that elements of `dtype` are evaluated in."""
+    return FLOAT64 if np.dtype(dtype) == FLOAT64 else FLOAT32
+
+
+def ulp_of_arithmetic(dtype: DTypeLike) -> float:
+    """One ulp of the arithmetic's type in ulp of `dtype`."""
+    return 2.0 ** (ml_dtypes.finfo(dtype).nmant - ml_dtypes.finfo(arithmetic_dtype(dtype)).nmant)
+
+
+# --- exact values --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exact:
+    """One element: l = y log(1 + exp(-x)) + (1 - y) log(1 + exp(x)), and its derivatives in x."""
+
+    loss: Values
+    gradient: Values
+    hessian: Values
+    third: Values
+    loss_scale: Values  # |y| log(1 + exp(-x)) + |1 - y| log(1 + exp(x))
+    gradient_scale: Values  # max(|1 - y| sigmoid(x), |y| sigmoid(-x))
+
+
+def exact(logits: ArrayLike, labels: ArrayLike, label_smoothing: float = 0.0) -> Exact:
+    """The exact element at logits and labels as they are stored.
+
+    With e = exp(-|x|) and c = 1 - y where x >= 0, else y, no two nearly equal numbers are
+    subtracted: l = log1p(e) + c |x| and dl/dx = sign(x) (c - e / (1 + e)).
+    """
+    wide, exp, log1p = np.float64, np.exp, np.log1p
+    if np.asarray(logits).dtype == FLOAT64:
+        wide, exp, log1p = _to_mpmath, np.frompyfunc(_MP.exp, 1, 1), np.frompyfunc(_log1p, 1, 1)
+    x, y = np.broadcast_arrays(np.asarray(logits), np.asarray(labels))
+    with np.errstate(all="ignore"):
+        x, y = (np.asarray(wide(v.astype(np.float64))) for v in (x, y))
+        y = y * (1 - label_smoothing) + label_smoothing / 2
+        positive, magnitude = x >= 0, abs(x)
+        e = np.asarray(exp(-magnitude))
+        log_part = np.asarray(log1p(e))
+        near, far = np.where(positive, 1 - y, y), np.where(positive, y, 1 - y)
+        finite = np.where(near == 0, 0, magnitude)  # the coefficient 0 wins over infinity
+        small = e / (1 + e)  # sigmoid(-|x|), so that sigmoid(|x|) = 1 / (1 + e)
+        hessian = small / (1 + e)
+        return Exact(
+            loss=log_part + near * finite,
+            gradient=np.where(positive, 1, -1) * (near - small),
+            hessian=hessian,
+            third=-hessian * np.where(positive, 1, -1) * (1 - 2 * small),
+            loss_scale=(abs(near) + abs(far)) * log_part + abs(near) * finite,
+            gradient_scale=np.maximum(abs(near) / (1 + e), abs(far) * small),
+        )
+
+
+def _to_mpmath(values: Values) -> Values:
+    return np.asarray(np.frompyfunc(_MP.mpf, 1, 1)(values), dtype=object)
+
+
+def _log1p(e: mpmath.mpf) -> mpmath.mpf:
+    # mpmath's own log1p turns the smallest numbers into 1 + e, digits and all.
+    return _MP.log(1 + e) if e > 2**-70 else e * (1 - e * (_MP.mpf(1) / 2 - e / 3))
+
+
+def ulp(values: ArrayLike, dtype: DTypeLike) -> Values:
+    """The unit in the last place of `dtype` at each value, at least its smallest subnormal."""
+    info = ml_dtypes.finfo(dtype)
+    values = np.abs(np.asarray(values).astype(np.float64))
+    exponent = np.where(values == 0, info.minexp, np.frexp(values)[1] - 1)
+    return np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant)
+
+
+def round_to(values: ArrayLike, dtype: DTypeLike) -> Values:
+    """Float64 values rounded once, to nearest even.
+
+    `astype` will not do: to bfloat16 it rounds to float32 on the way.
+    """
+    values = np.asarray(values, np.float64)
+    with np.errstate(all="ignore"):
+        unit = ulp(values, dtype)
+        rounded = np.rint(values / unit) * unit
+        largest = float(ml_dtypes.finfo(dtype).max)
+        rounded = np.where(abs(rounded) > largest, np.copysign(np.inf, values), rounded)
+        return rounded.astype(dtype)
+
+
+def ulp_distance(
+    actual: ArrayLike, exact: ArrayLike, dtype: DTypeLike, scale: ArrayLike | None = None
+) -> Values:
+    """|actual - exact| in ulp of `dtype` at `scale`, by default at the exact value.
+
+    NaN is right where the exact value is NaN, and infinity where it is infinite or rounds to it.
+    """
+    exact = np.asarray(exact)
+    with np.errstate(all="ignore"):
+        actual = np.asarray(actual).astype(np.float64)
+        exact64 = exact.astype(np.float64)
+        unit = ulp(exact64 if scale is None else scale, dtype)
+        error = np.asarray(abs(actual.astype(exact.dtype) - exact) / unit).astype(np.float64)
+        right = np.isnan(actual) & np.isnan(exact64)
+        right |= (actual == exact64) & np.isinf(exact64)
+        right |= (actual == round_to(exact64, dtype).astype(np.float64)) & np.isinf(actual)
+    return np.where(right, 0.0, np.where(np.isnan(error), np.inf, error))
+
+
+def relative_error(actual: ArrayLike, exact: ArrayLike) -> Values:
+    """|actual - exact| / |exact|; 0 where both are equal, be it 0 or infinity."""
+    exact = np.asarray(exact)
+    actual = np.asarray(actual).astype(np.float64).astype(exact.dtype)
+    with np.errstate(all="ignore"):
+        error = abs(actual - exact) / abs(exact)
+    return np.where(actual == exact, 0.0, error).astype(np.float64)
+
+
+def assert_same_bits(actual: object, expected: object) -> None:
+    """Arrays, or tuples of arrays, hold the same bits; any NaN equals any other."""
+    if isinstance(expected, tuple | list):
+        assert isinstance(actual, tuple | list)
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_bits(one, other)
+        return
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    bits = f"u{expected.dtype.itemsize}"
+    differ = np.atleast_1d(actual).view(bits) != np.atleast_1d(expected).view(bits)
+    differ &= ~np.atleast_1d(np.isnan(actual) & np.isnan(expected))
+    assert not differ.any(), (
+        f"{differ.sum()} of {differ.size} differ: {np.atleast_1d(actual)[differ][:5]} against "
+        f"{np.atleast_1d(expected)[differ][:5]} at {np.argwhere(differ)[:5].tolist()}"
+    )
+
+
+_MAGNITUDES = (
+    *(0.0, 0.1, 0.5, np.log(2), 1.0, np.log(9), 2.5, 5.0, 8.0, 10.0, 12.0, 15.0, 16.0, 16.7, 17.0),
+    *(20.0, 30.0, 36.7, 37.43, 40.0, 80.0, 87.0, 87.4, 88.0, 88.8, 92.2, 95.0, 100.0, 103.2, 103.9),
+    *(104.0, 105.0, 150.0, 232.8, 700.0, 708.4, 720.0, 744.4, 745.2, 750.0, 1e4, 1e9, np.inf),
+)
+
+
+def chosen_logits(dtype: DTypeLike) -> Values:
+    """Both signs of zero, subnormals, every magnitude where a formula may change, inf; and NaN."""
+    info = ml_dtypes.finfo(dtype)
+    smallest, tiny = float(info.smallest_subnormal), float(info.tiny)
+    ends = (smallest, 3 * smallest, tiny - smallest, tiny, float(info.eps), float(info.max))
+    around = [np.nextafter(1.0, 0), np.nextafter(1.0, 2), *_MAGNITUDES, *ends]
+    return round_to([*around, *np.negative(around), np.nan], dtype)
+
+
+def every_16_bit(dtype: DTypeLike) -> Values:
+    """All 65,536 numbers of a 16-bit type."""
+    return np.arange(2**16, dtype=np.uint16).view(dtype)
+
+
+def finite(values: Values) -> Values:
+    """Those that are neither infinite nor NaN."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN among the bit patterns
+        return values[np.isfinite(values.astype(np.float64))]
+
+
+def walk(
+    dtype: DTypeLike, count: int, low: float = 0.0, high: float | None = None, offset: int = 0
+) -> Values:
+    """Bit patterns at an even stride from `low` to `high` (None: to the last NaN), both signs."""
+    dtype = np.dtype(dtype)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    sign = 1 << (8 * dtype.itemsize - 1)
+    first = int(np.array(low, dtype).view(unsigned))
+    last = sign if high is None else int(np.array(high, dtype).view(unsigned))
+    half = max(1, count // 2)
+    stride = max(1, (last - first) // half)
+    patterns = first + np.arange(half, dtype=np.uint64) * np.uint64(stride)
+    patterns = np.minimum(patterns + np.uint64(offset % stride), np.uint64(last - 1))
+    return np.concatenate([patterns, patterns + np.uint64(sign)]).astype(unsigned).view(dtype)
+
+
+def random_logits(
+    dtype: DTypeLike, shape: int | tuple[int, ...], seed: int, scale: float = 4.0
+) -> Values:
+    """Normally distributed, as a model's scores are."""
+    return round_to(np.random.default_rng(seed).normal(0, scale, shape), dtype)
+
+
+def random_labels(dtype: DTypeLike, shape: int | tuple[int, ...], seed: int) -> Values:
+    """Uniform in [0, 1]; 0 or 1 for integers and bool."""
+    uniform = np.random.default_rng(seed).uniform(0, 1, shape)
+    dtype = np.dtype(dtype)
+    return round_to(uniform, dtype) if dtype in FLOATS else (uniform < 0.5).astype(dtype)
