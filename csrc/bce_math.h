@@ -24,26 +24,33 @@
 
 #ifdef __CUDACC__
 #define BCE_INLINE __host__ __device__ __forceinline__
+#define BCE_UNROLL _Pragma("unroll")
 #else
+#define BCE_UNROLL _Pragma("GCC unroll 16")
 #define BCE_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace jax_bce {
 
-// c0 + c1 x + c2 x^2 + ..., in pairs (Estrin): a shorter chain of dependent operations than
-// Horner's.
+// c0 + c1 x + c2 x^2 + ..., in pairs (Estrin): a shorter chain of operations than Horner's.
+template <class Lanes, int kCount>
+BCE_INLINE typename Lanes::Float estrin(const typename Lanes::Float (&terms)[kCount],
+                                        typename Lanes::Float x) {
+  if constexpr (kCount == 1) {
+    return terms[0];
+  } else {
+    typename Lanes::Float pairs[(kCount + 1) / 2];
+    BCE_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) pairs[i] = Lanes::fma(terms[2 * i + 1], x, terms[2 * i]);
+    if constexpr (kCount % 2) pairs[kCount / 2] = terms[kCount - 1];
+    return estrin<Lanes>(pairs, x * x);
+  }
+}
+
 template <class Lanes, class... Coefficients>
 BCE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x, Coefficients... coefficients) {
-  constexpr int kCount = sizeof...(Coefficients);
-  typename Lanes::Float terms[kCount] = {Lanes::set(coefficients)...};
-#pragma GCC unroll 8
-  for (int count = kCount; count > 1; count = (count + 1) / 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count / 2; ++i) terms[i] = Lanes::fma(terms[2 * i + 1], x, terms[2 * i]);
-    if (count % 2) terms[count / 2] = terms[count - 1];
-    x = x * x;
-  }
-  return terms[0];
+  const typename Lanes::Float terms[] = {Lanes::set(coefficients)...};
+  return estrin<Lanes>(terms, x);
 }
 
 // What depends on the floating-point format. coefficients.sollya prints the polynomials.
@@ -68,7 +75,7 @@ struct Format<float> {
                              0x1.6d2e06p-10f, 0x1.a2d99ap-13f);
   }
 
-  // (f - log1p(f)) / f^2 for -1/4 <= f <= 1/2, to a relative 2^-28 of log1p(f)
+  // (log1p(f) - f + f^2 / 2) / f^3 for -1/4 <= f <= 1/2, to a relative 2^-28 of log1p(f)
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float log1p_tail(typename Lanes::Float f) {
     return polynomial<Lanes>(f, 0x1.555554p-2f, -0x1.00004ap-2f, 0x1.999b3ep-3f, -0x1.552a58p-3f,

@@ -1,0 +1,193 @@
+"""What every test shares: JAX on 8 CPU devices, the implementations, and the comparison in ulp.
+
+A kernel that is not there skips its tests with the reason. Where `JAX_BCE_REQUIRE` (a list such as
+"cpu,nvcc") names it, they fail instead: in CI a skip must not hide that nothing was tested.
+The terminal summary prints the largest error that each kind of comparison reached.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+# Read by XLA when it starts: before any test imports jax.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from numpy.typing import ArrayLike
+
+REQUIRED = set(filter(None, os.environ.get("JAX_BCE_REQUIRE", "").split(",")))
+
+
+def _missing(name: str) -> str | None:
+    """Why a kernel, or the CUDA compiler, is not there; None if it is."""
+    if name == "nvcc":
+        return None if shutil.which("nvcc") else "nvcc is not on the PATH"
+    try:
+        from jax_bce import _primitive
+
+        return _primitive.missing(name)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+
+
+def _require(name: str) -> None:
+    reason = _missing(name)
+    if reason is not None and name in REQUIRED:
+        pytest.fail(f"JAX_BCE_REQUIRE names {name}, but {reason}", pytrace=False)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], None]:
+    """`require("cpu")` skips the test, or fails it, where that kernel is missing."""
+    return _require
+
+
+@pytest.fixture(params=["xla", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param != "xla":
+        _require(request.param)
+    return request.param
+
+
+@pytest.fixture
+def cpu() -> str:
+    """The CPU kernel, for what only a kernel promises."""
+    _require("cpu")
+    return "cpu"
+
+
+def _dtype(request: pytest.FixtureRequest) -> Iterator[np.dtype]:
+    if request.param.itemsize < 8:
+        yield request.param
+        return
+    with jax.enable_x64(True):
+        yield request.param
+
+
+dtype = pytest.fixture(_dtype, name="dtype", params=oracle.FLOATS, ids=str)
+label_dtype = pytest.fixture(
+    _dtype, name="label_dtype", params=(*oracle.FLOATS, *oracle.INTEGERS), ids=str
+)
+
+
+class Check:
+    """Compares results with exact values, and keeps the largest error for the summary."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self._record = record
+
+    def ulps(
+        self,
+        what: str,
+        actual: ArrayLike,
+        exact: ArrayLike,
+        bound: float,
+        *,
+        scale: ArrayLike | None = None,
+        flushes: bool = False,
+        inputs: tuple[ArrayLike, ...] = (),
+    ) -> None:
+        __tracebackhide__ = True
+        actual, exact = np.asarray(actual), np.asarray(exact)
+        assert actual.shape == exact.shape
+        distance = oracle.ulp_distance(actual, exact, actual.dtype, scale)
+        if flushes:
+            tiny = float(np.finfo(oracle.arithmetic_dtype(actual.dtype)).tiny)
+            flushed = (actual == 0) & (abs(exact.astype(np.float64)) < tiny)
+            distance = np.where(flushed, 0.0, distance)
+        worst = distance.max(initial=0.0)
+        self._record(f"{what}, {actual.dtype} [ulp, allowed {bound:.5g}]", float(worst))
+        if not worst <= bound:
+            at = np.unravel_index(np.argmax(distance), distance.shape)
+            where = [np.broadcast_to(value, distance.shape)[at] for value in inputs]
+            pytest.fail(
+                f"{what}: {actual[at]!r} is {worst} ulp from {exact[at]!r}, {bound} are allowed; "
+                f"{np.sum(distance > bound)} of {distance.size} are too far, this one at {at}, "
+                f"inputs {where!r}"
+            )
+
+    def elements(
+        self,
+        implementation: str,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        loss: ArrayLike | None = None,
+        gradient: ArrayLike | None = None,
+        factor: ArrayLike = 1.0,
+        flushes: bool = False,
+        stored: bool = False,
+    ) -> None:
+        """Elementwise losses and gradients, the latter times `factor`, at the tolerance.
+
+        `flushes` says that XLA touched the result after the kernel, `stored` that the gradient
+        waited for the factor in the logits' dtype.
+        """
+        __tracebackhide__ = True
+        tolerance = oracle.TOLERANCE[implementation]
+        flushes = flushes or tolerance.flushes
+        exact, kind = oracle.exact(logits, labels), oracle.kind_of(labels)
+        name = f"{implementation}, {kind} labels"
+        if loss is not None:
+            bound = tolerance.elements[np.asarray(loss).dtype.name, kind].loss
+            self.ulps(
+                f"loss, {name}", loss, exact.loss, bound, flushes=flushes, inputs=(logits, labels)
+            )
+        if gradient is not None:
+            gradient = np.asarray(gradient)
+            bound = tolerance.elements[gradient.dtype.name, kind].gradient
+            scaled = np.any(np.asarray(factor) != 1)
+            if scaled:
+                bound += oracle.FACTOR * oracle.ulp_of_arithmetic(gradient.dtype)
+            if stored and gradient.dtype == oracle.BFLOAT16:
+                bound += oracle.STORED_BFLOAT16
+            full = oracle.arithmetic_dtype(gradient.dtype) == gradient.dtype
+            self.ulps(
+                f"gradient{' times a factor' if scaled else ''}, {name}",
+                gradient,
+                exact.gradient * factor,
+                bound,
+                scale=exact.gradient_scale * abs(factor) if full else None,
+                flushes=flushes,
+                inputs=(logits, labels),
+            )
+
+    def reduced(
+        self, implementation: str, actual: ArrayLike, exact: ArrayLike, what: str = "reduced loss"
+    ) -> None:
+        """Losses that add up elements, at the relative tolerance of a sum."""
+        __tracebackhide__ = True
+        actual, exact = np.asarray(actual), np.asarray(exact)
+        assert actual.shape == exact.shape
+        tolerance = oracle.TOLERANCE[implementation]
+        bound = tolerance.sum_float64 if actual.dtype == np.float64 else tolerance.sum
+        worst = oracle.relative_error(actual, exact).max(initial=0.0)
+        name = (
+            f"{what}, {implementation}, {actual.dtype} [relative, allowed 2^{np.log2(bound):.0f}]"
+        )
+        self._record(name, float(worst))
+        assert worst <= bound, f"{name}: {actual!r} against {exact!r}"
+
+
+@pytest.fixture
+def check(record_property: Callable[[str, object], None]) -> Check:
+    return Check(record_property)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    largest: dict[str, float] = {}
+    for report in (r for rs in terminalreporter.stats.values() for r in rs):
+        for name, value in getattr(report, "user_properties", ()):
+            largest[name] = max(largest.get(name, 0.0), value)
+    if largest:
+        terminalreporter.section("largest error reached")
+    for name in sorted(largest):
+        terminalreporter.write_line(f"{largest[name]:12.5g}  {name}")

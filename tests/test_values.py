@@ -1,0 +1,244 @@
+"""The accuracy contract of the elementwise loss and its gradient, DESIGN.md section 2.
+
+Against the oracle: chosen inputs, bit patterns at a stride (every logit for the 16-bit types),
+random ones, and published values.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+
+import jax_bce
+
+CASES = {c["id"]: c for c in json.loads(Path(__file__).with_name("cases.json").read_text())}
+ELEMENTS = [case for name, case in CASES.items() if name.startswith("E")]
+LABELS = (0.0, 1.0, 0.1, 0.9)
+# A label's bit pattern matters most at its ends, and where 1 - y is inexact.
+SOFT_LABELS = np.array(
+    [1e-45, 1e-38, 1e-10, 2**-25, 1e-4, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1 - 2**-12, 1 - 2**-24],
+    FLOAT32,
+)
+# Bit patterns walked for one label and one implementation: a tenth of a second each.
+WALK = 1 << 18
+
+
+def check_elements(check, implementation: str, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Loss and gradient of one call, whose gradient is that of the sum: each element's own."""
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=implementation
+    )
+    assert loss.dtype == gradient.dtype == logits.dtype
+    check.elements(implementation, logits, labels, loss=loss, gradient=gradient)
+
+
+def float32_logits(seed: int) -> np.ndarray:
+    return np.concatenate(
+        [
+            oracle.chosen_logits(FLOAT32),
+            oracle.walk(FLOAT32, WALK, offset=seed),
+            # Where the result is neither x nor a constant.
+            oracle.walk(FLOAT32, WALK, low=2**-27, high=105.0, offset=seed),
+            oracle.random_logits(FLOAT32, WALK // 4, seed),
+        ]
+    )
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_float32_hard_labels(check, implementation: str, label: int) -> None:
+    logits = float32_logits(seed=label)
+    check_elements(check, implementation, logits, np.full(logits.shape, label, np.uint8))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_float32_hard_label_for_all(check, implementation: str, label: int) -> None:
+    logits = oracle.chosen_logits(FLOAT32)
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, label, reduction="none", implementation=implementation
+    )
+    labels = np.full(logits.shape, label, np.int32)
+    check.elements(implementation, logits, labels, loss=loss, gradient=gradient)
+
+
+@pytest.mark.parametrize("label", SOFT_LABELS, ids=lambda label: f"{label:.9g}")
+def test_float32_soft_labels(check, implementation: str, label: np.float32) -> None:
+    if implementation == "xla" and label < np.finfo(np.float32).tiny:
+        pytest.skip("XLA's arithmetic takes a subnormal label for 0")
+    logits = oracle.walk(FLOAT32, WALK // 4, low=2**-27, high=110.0, offset=int(1e6 * label))
+    logits = np.concatenate([oracle.chosen_logits(FLOAT32), logits])
+    check_elements(check, implementation, logits, np.full_like(logits, label))
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0, 30.0])
+def test_float32_random_soft_labels(check, implementation: str, scale: float) -> None:
+    logits = oracle.random_logits(FLOAT32, WALK, seed=1, scale=scale)
+    check_elements(check, implementation, logits, oracle.random_labels(FLOAT32, WALK, seed=2))
+
+
+def test_float32_labels_of_any_size(check, cpu: str) -> None:
+    """Labels whose bit patterns, not values, are even: as many at 1e-30 as at 0.5."""
+    rng = np.random.default_rng(3)
+    logits = rng.permutation(oracle.walk(FLOAT32, WALK, low=2**-27, high=110.0))
+    labels = abs(rng.permutation(oracle.walk(FLOAT32, WALK, high=1.0)))
+    check_elements(check, cpu, logits, labels)
+
+
+def test_float32_near_the_zero_of_the_gradient(check, implementation: str) -> None:
+    """Where sigmoid(x) is nearly y the gradient's terms cancel."""
+    labels = oracle.random_labels(FLOAT32, WALK, seed=4)
+    with np.errstate(divide="ignore"):
+        root = np.log(labels.astype(np.float64)) - np.log1p(-labels.astype(np.float64))
+    distance = 10.0 ** np.random.default_rng(5).uniform(-8, 0, WALK)
+    check_elements(check, implementation, oracle.round_to(root + distance, FLOAT32), labels)
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label_dtype", ["own", "float32"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str, indirect=True)
+def test_16_bit_all_logits(
+    check,
+    record_property: Callable[[str, object], None],
+    implementation: str,
+    dtype: np.dtype,
+    label_dtype: str,
+    label: float,
+) -> None:
+    logits = oracle.every_16_bit(dtype)
+    label_type = dtype if label_dtype == "own" else FLOAT32
+    labels = np.full(logits.shape, oracle.round_to(label, label_type))
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=implementation
+    )
+    exact = oracle.exact(logits, labels)
+    for name, actual, value in (
+        ("loss", loss, exact.loss),
+        ("gradient", gradient, exact.gradient),
+    ):
+        # Not a promise: how often the 0.002 ulp above one half are used, in the summary.
+        distance = oracle.ulp_distance(np.asarray(actual), oracle.round_to(value, dtype), dtype)
+        kind = f"{implementation}, {oracle.kind_of(labels)} labels, {dtype}"
+        record_property(f"{name}, {kind} [of 65536 not rounded once]", float(np.sum(distance > 0)))
+    check.elements(implementation, logits, labels, loss=loss, gradient=gradient)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.3, 5e-324, 1 - 2**-53])
+@pytest.mark.parametrize("dtype", [FLOAT64], ids=str, indirect=True)
+def test_float64(check, implementation: str, dtype: np.dtype, label: float) -> None:
+    if implementation == "xla" and 0 < label < np.finfo(np.float64).tiny:
+        pytest.skip("XLA's arithmetic takes a subnormal label for 0")
+    logits = np.concatenate(
+        [
+            oracle.chosen_logits(dtype),
+            oracle.walk(dtype, 500, offset=int(1e9 * label)),
+            oracle.walk(dtype, 2000, low=2**-55, high=750.0, offset=int(1e9 * label)),
+            oracle.random_logits(dtype, 500, seed=6),
+        ]
+    )
+    check_elements(check, implementation, logits, np.full_like(logits, label))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64], ids=str, indirect=True)
+def test_float64_random_labels(check, implementation: str, dtype: np.dtype) -> None:
+    logits = oracle.random_logits(dtype, 3000, seed=7, scale=20.0)
+    labels = oracle.random_labels(dtype, 3000, seed=8)
+    check_elements(check, implementation, logits, labels)
+
+
+@pytest.mark.parametrize("case", ELEMENTS, ids=[case["id"] for case in ELEMENTS])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str, indirect=True)
+def test_published_elements(check, implementation: str, dtype: np.dtype, case: dict) -> None:
+    x, y = (case["inputs"][name] for name in ("x", "y"))
+    logits, labels = np.array([x], dtype), np.array([y], dtype)
+    tolerance = oracle.TOLERANCE[implementation]
+    bound = tolerance.elements[dtype.name, oracle.kind_of(labels)]
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=implementation
+    )
+    # In float32 the published value is that of another logit, unless the decimal number is one.
+    expected = {"loss": [case["expected"]["loss"]], "grad": [case["expected"].get("grad", np.nan)]}
+    if (float(logits[0]), float(labels[0])) != (x, y):
+        exact = oracle.exact(logits, labels)
+        expected = {"loss": exact.loss, "grad": exact.gradient}
+    flushes = {"flushes": tolerance.flushes}
+    what = f"published case, {implementation}"
+    check.ulps(what, loss, expected["loss"], bound.loss + oracle.CASE, **flushes)
+    if "grad" in case["expected"]:
+        check.ulps(what, gradient, expected["grad"], bound.gradient + oracle.CASE, **flushes)
+
+
+def test_published_floor(check, implementation: str) -> None:
+    """The mean loss of {(-a, 0), (a, 1)} keeps falling past a = 16."""
+    case = CASES["S06"]
+    losses = [
+        jax_bce.loss(np.array([-a, a], FLOAT32), np.array([0, 1]), implementation=implementation)
+        for a in case["inputs"]["a"]
+    ]
+    bound = oracle.TOLERANCE[implementation].elements["float32", "hard"].loss
+    check.ulps(f"published case, {implementation}", np.array(losses), case["expected"], bound)
+    assert (np.diff(losses) < 0).all()
+
+
+def test_published_gradients_are_alive(implementation: str) -> None:
+    case = CASES["S09"]
+    logits, labels = (np.array(case["inputs"][name], FLOAT32) for name in ("x", "y"))
+    _, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=implementation
+    )
+    oracle.assert_same_bits(gradient, np.array(case["expected"]["grad_none"], FLOAT32))
+
+
+def test_published_tensorflow(check, implementation: str) -> None:
+    case = CASES["T02"]
+    logits, labels = (np.array(case["inputs"][name], FLOAT32) for name in ("logits", "labels"))
+    loss = jax_bce.loss(logits, labels, reduction="none", implementation=implementation)
+    tolerance = oracle.TOLERANCE[implementation]
+    bound = tolerance.elements["float32", "soft"].loss
+    check.ulps(
+        f"published case, {implementation}",
+        loss,
+        case["expected"],
+        bound,
+        flushes=tolerance.flushes,
+    )
+
+
+@pytest.mark.parametrize("label", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.25, 0.5, 1.0])
+def test_label_smoothing(check, implementation: str, label: float, smoothing: float) -> None:
+    """y (1 - s) + s / 2: with these s and y the smoothed label is exact."""
+    logits = oracle.walk(FLOAT32, 2048, low=2**-20, high=100.0)
+    loss, gradient = jax_bce.loss_and_grad(
+        logits,
+        np.full_like(logits, label),
+        label_smoothing=smoothing,
+        reduction="none",
+        implementation=implementation,
+    )
+    smoothed = np.full_like(logits, label * (1 - smoothing) + smoothing / 2)
+    check.elements(implementation, logits, smoothed, loss=loss, gradient=gradient)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str, indirect=True)
+def test_dtype_widens_before_rounding(check, implementation: str, dtype: np.dtype) -> None:
+    """A loss asked for in float32 is rounded once, not to the logits' 16 bits on the way."""
+    logits = oracle.random_logits(dtype, 4096, seed=9)
+    labels = oracle.random_labels(np.uint8, 4096, seed=10)
+    loss = jax_bce.loss(
+        logits, labels, reduction="none", dtype=np.float32, implementation=implementation
+    )
+    assert loss.dtype == np.float32
+    check.elements(implementation, logits, labels, loss=loss)
+
+
+def test_dtype_narrows(check, implementation: str) -> None:
+    logits = oracle.random_logits(FLOAT32, 4096, seed=11)
+    labels = oracle.random_labels(np.uint8, 4096, seed=12)
+    loss = jax_bce.loss(
+        logits, labels, reduction="none", dtype=BFLOAT16, implementation=implementation
+    )
+    assert loss.dtype == BFLOAT16
+    check.elements(implementation, logits, labels, loss=loss)
