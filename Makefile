@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
 test: $(VENV)/.test
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(RUN) -m pytest -n auto
+	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .

@@ -40,13 +40,13 @@ def _jvp(
     *,
     kind: str,
     reduced_rank: int,
-    count: int,
     gradient_dtype: np.dtype,
-    implementation: str | None,
+    **common: Any,
 ) -> tuple[list[Array], list[Array]]:
     logits, labels, scale = primals
     logits_dot, labels_dot, scale_dot = tangents
-    common = {"reduced_rank": reduced_rank, "count": count, "implementation": implementation}
+    count = common["count"]
+    common["reduced_rank"] = reduced_rank
     if kind == "grad":
         raise NotImplementedError(
             "jax_bce.loss(residuals='recompute') can be differentiated once, in reverse mode. "
@@ -56,7 +56,7 @@ def _jvp(
     logits_move, labels_move, scale_moves = moving
 
     if kind == "loss" and not logits_move:
-        (loss,) = outputs = bce(logits, labels, scale, kind="loss", **common)  # type: ignore[arg-type]
+        (loss,) = outputs = bce(logits, labels, scale, kind="loss", **common)
     else:
         dtype = gradient_dtype if kind == "loss_and_grad" else residual_dtype(logits.dtype)
         outputs = bce(
@@ -65,7 +65,7 @@ def _jvp(
             scale,
             kind="loss_and_grad",
             gradient_dtype=dtype,
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         loss, gradient = outputs
 
@@ -78,7 +78,7 @@ def _jvp(
     shape = jnp.broadcast_shapes(logits.shape, labels.shape, scale.shape)
     loss_dot = sum_trailing(jnp.broadcast_to(sum(terms, jnp.zeros((), wide)), shape), reduced_rank)
     if scale_moves:
-        (unscaled,) = bce(logits, labels, jnp.ones_like(scale), kind="loss", **common)  # type: ignore[arg-type]
+        (unscaled,) = bce(logits, labels, jnp.ones_like(scale), kind="loss", **common)
         shape_of_loss = scale.shape[: scale.ndim - reduced_rank]
         loss_dot += unscaled.astype(wide) * scale_dot.reshape(shape_of_loss)
     loss_dot = loss_dot.astype(loss.dtype)
@@ -99,59 +99,35 @@ def _jvp(
 ad.primitive_jvps[bce_p] = _jvp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def recompute(
-    logits: Array,
-    labels: Array,
-    scale: Array,
-    reduced_rank: int,
-    count: int,
-    implementation: str | None,
+    logits: Array, labels: Array, scale: Array, params: tuple[tuple[str, Any], ...]
 ) -> Array:
     """The loss, whose backward pass reads logits and labels again instead of a stored gradient.
 
-    `scale` is a constant here: its cotangent is zero.
+    `params` are the primitive's, as pairs. `scale` is a constant here: its cotangent is zero.
     """
-    (loss,) = bce(
-        logits,
-        labels,
-        scale,
-        kind="loss",
-        reduced_rank=reduced_rank,
-        count=count,
-        implementation=implementation,
-    )
+    (loss,) = bce(logits, labels, scale, kind="loss", **dict(params))
     return loss
 
 
 def _recompute_forward(
-    logits: Array, labels: Array, scale: Array, *static: Any
+    logits: Array, labels: Array, scale: Array, params: tuple[tuple[str, Any], ...]
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return recompute(logits, labels, scale, *static), (logits, labels, scale)
+    return recompute(logits, labels, scale, params), (logits, labels, scale)
 
 
 def _recompute_backward(
-    reduced_rank: int,
-    count: int,
-    implementation: str | None,
-    operands: tuple[Array, Array, Array],
-    cotangent: Array,
+    params: tuple[tuple[str, Any], ...], operands: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array, Array | None, None]:
     logits, labels, scale = operands
+    common = dict(params)
     cotangent = cotangent.astype(scale.dtype)
-    weight = cotangent.reshape(cotangent.shape + (1,) * reduced_rank) * scale
-    (logits_bar,) = bce(
-        logits,
-        labels,
-        weight,
-        kind="grad",
-        reduced_rank=reduced_rank,
-        count=count,
-        implementation=implementation,
-    )
+    weight = cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
+    (logits_bar,) = bce(logits, labels, weight, kind="grad", **common)
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         return logits_bar, None, None
-    term = functools.partial(_label_term, logits, scale=weight, count=count)
+    term = functools.partial(_label_term, logits, scale=weight, count=common["count"])
     total, pullback = jax.vjp(lambda dot: jnp.sum(term(dot)), jnp.zeros_like(labels))
     (labels_bar,) = pullback(jnp.ones_like(total))
     return logits_bar, labels_bar, None

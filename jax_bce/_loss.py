@@ -28,6 +28,7 @@ class _Call(NamedTuple):
     operands: tuple[Array, Array, Array]
     params: dict[str, Any]
     axes: tuple[int, ...]
+    result_dtype: np.dtype
 
 
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -61,6 +62,7 @@ def _prepare(
     reduction: str,
     axis: int | Sequence[int] | None,
     label_smoothing: ArrayLike,
+    dtype: DTypeLike | None,
     implementation: str | None,
 ) -> _Call:
     _one_of("reduction", reduction, _REDUCTIONS)
@@ -101,8 +103,16 @@ def _prepare(
     count = max(1, math.prod(x.shape[a] for a in axes)) if reduction == "mean" else 1
     y = jnp.moveaxis(y, axes, _last(axes)) if y.ndim else y.reshape((1,) * x.ndim)
     x = jnp.moveaxis(x, axes, _last(axes))
-    params = {"reduced_rank": len(axes), "count": count, "implementation": implementation}
-    return _Call((x, y, jnp.ones((1,) * x.ndim, wide)), params, axes)
+    result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
+    # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
+    direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
+    params = {
+        "reduced_rank": len(axes),
+        "count": count,
+        "implementation": implementation,
+        "loss_dtype": result_dtype if direct else wide,
+    }
+    return _Call((x, y, jnp.ones((1,) * x.ndim, wide)), params, axes, result_dtype)
 
 
 def _last(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -174,16 +184,15 @@ def loss(
       [2.0611537e-09 6.9314718e-01 2.0000000e+01]
       >>> value, gradient = jax.value_and_grad(jax_bce.loss)(logits, labels)
       >>> print(value, gradient)
-      6.8977156 [ 6.870512e-10 -1.666667e-01  3.333333e-01]
+      6.8977156 [ 6.8705125e-10 -1.6666667e-01  3.3333334e-01]
     """
     _one_of("residuals", residuals, _RESIDUALS)
-    result_dtype = _float_dtype(dtype)
-    call = _prepare(logits, labels, reduction, axis, label_smoothing, implementation)
+    call = _prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
     if residuals == "recompute":
-        result = recompute(*call.operands, *call.params.values())
+        result = recompute(*call.operands, tuple(call.params.items()))
     else:
         (result,) = bce(*call.operands, kind="loss", **call.params)
-    return result if result_dtype is None else result.astype(result_dtype)
+    return result.astype(call.result_dtype)
 
 
 def loss_and_grad(
@@ -226,8 +235,7 @@ def loss_and_grad(
       >>> print(value, gradient)
       20.0 [2.0611537e-09 1.0000000e+00]
     """
-    result_dtype = _float_dtype(dtype)
-    call = _prepare(logits, labels, reduction, axis, label_smoothing, implementation)
+    call = _prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     gradient = jnp.moveaxis(gradient, _last(call.axes), call.axes)
-    return (value if result_dtype is None else value.astype(result_dtype)), gradient
+    return value.astype(call.result_dtype), gradient

@@ -3,9 +3,11 @@
     loss     = scale / count * (element losses, summed over the last reduced_rank dimensions)
     gradient = scale / count * (element gradients)
 
-The operands logits, labels and scale have one rank and are broadcast against each other; scale is
-float32 (float64 for float64 logits), and of size 1 in the summed dimensions. A vmapped axis is one
-more leading dimension. Three kinds differ in their results: "loss", "loss_and_grad", "grad".
+The operands logits, labels and scale have one rank and are broadcast against each other. scale has
+the arithmetic's type, float32 (float64 for float64 logits), and size 1 in the summed dimensions. A
+summed loss has the arithmetic's type too; an element's loss and gradient may be rounded to a 16-bit
+type. A vmapped axis is one more leading dimension. Three kinds differ in their results: "loss",
+"loss_and_grad", "grad".
 
 On CPU a kind is one call of the FFI target `jax_bce_v1_<kind>`; where that is not to be had, and on
 every other platform, XLA compiles `_reference.py`.
@@ -25,7 +27,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_bce._reference import arithmetic_dtype, reference
+from jax_bce._reference import reference
 
 try:
     from jax_bce import _cpu
@@ -34,8 +36,6 @@ except ImportError as error:
         "jax_bce: built modules missing. Run `pip install .` in the source folder, and import "
         f"jax_bce from elsewhere (this is {Path(__file__).parent}). The cause: {error}"
     ) from error
-
-KINDS = ("loss", "loss_and_grad", "grad")
 
 
 def ffi_version_of_jaxlib() -> tuple[int, int]:
@@ -103,8 +103,9 @@ def bce(
     kind: str,
     reduced_rank: int,
     count: int,
+    implementation: str | None,
+    loss_dtype: np.dtype,
     gradient_dtype: np.dtype | None = None,
-    implementation: str | None = None,
 ) -> list[Array]:
     """Binds the primitive; the gradient has the logits' dtype unless another is given."""
     return bce_p.bind(  # type: ignore[no-any-return]
@@ -114,8 +115,9 @@ def bce(
         kind=kind,
         reduced_rank=reduced_rank,
         count=count,
-        gradient_dtype=np.dtype(gradient_dtype or logits.dtype),
         implementation=implementation,
+        loss_dtype=loss_dtype,
+        gradient_dtype=np.dtype(gradient_dtype or logits.dtype),
     )
 
 
@@ -138,8 +140,9 @@ def _shapes(
     shape = jnp.broadcast_shapes(logits.shape, labels.shape, scale.shape)
     results = []
     if kind != "grad":
-        dtype = arithmetic_dtype(logits.dtype) if reduced_rank else logits.dtype
-        results.append(jax.core.ShapedArray(shape[: len(shape) - reduced_rank], dtype))
+        results.append(
+            jax.core.ShapedArray(shape[: len(shape) - reduced_rank], params["loss_dtype"])
+        )
     if kind != "loss":
         results.append(jax.core.ShapedArray(shape, params["gradient_dtype"]))
     return results

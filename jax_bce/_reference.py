@@ -58,6 +58,7 @@ def reference(
     kind: str,
     reduced_rank: int,
     count: int,
+    loss_dtype: np.dtype,
     gradient_dtype: np.dtype,
 ) -> list[Array]:
     """The primitive of `_primitive.py`, which documents the arguments."""
@@ -68,7 +69,7 @@ def reference(
         loss = sum_trailing(loss, reduced_rank) * scale.reshape(
             scale.shape[: scale.ndim - reduced_rank] if reduced_rank else scale.shape
         )
-        results.append((loss / count).astype(loss.dtype if reduced_rank else logits.dtype))
+        results.append((loss / count).astype(loss_dtype))
     if kind != "loss":
         gradient = element_gradient(logits, labels) * (scale / count)
         results.append(jnp.broadcast_to(gradient, shape).astype(gradient_dtype))
