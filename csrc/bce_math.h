@@ -115,8 +115,8 @@ struct Format<double> {
 
 template <class Lanes>
 struct Element {
-  typename Lanes::Float loss, loss_low;  // loss is rounded; loss + loss_low is what a sum adds
-  typename Lanes::Float gradient;
+  typename Lanes::Float loss, loss_low;          // loss is rounded; loss_low is what that lost, for
+  typename Lanes::Float gradient, gradient_low;  // sums and for a second rounding
 };
 
 // A number and what its rounding lost.
@@ -137,6 +137,20 @@ template <class Float>
 BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   const Float sum = a + b, b_part = sum - a;
   return {sum, (a - (sum - b_part)) + (b - b_part)};
+}
+
+// high + low rounded to odd: rounded again, to half as many digits, it gives what one rounding of
+// the sum gives. A low that is not a number changes nothing.
+template <class Lanes>
+BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
+                                              typename Lanes::Float low) {
+  constexpr int kSignBit = 8 * sizeof(typename Lanes::Scalar) - 1;
+  const typename Lanes::Bits bits = Lanes::to_bits(high);
+  const typename Lanes::Float zero = Lanes::set(0);
+  const typename Lanes::Float outward =
+      Lanes::from_bits(Lanes::to_bits(low) ^ (bits >> kSignBit << kSignBit));
+  return Lanes::select(outward > zero, Lanes::from_bits(bits | 1),
+                       Lanes::select(outward < zero, Lanes::from_bits((bits - 1) | 1), high));
 }
 
 template <class Lanes>
@@ -212,9 +226,10 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   element.loss_low = rounded.low;
 
   const Pair<Float> difference = two_sum(c, -(quotient * second_scale));
-  const Float gradient =
-      difference.high + (difference.low + Lanes::fma(-quotient_low, second_scale, c_low));
-  element.gradient = Lanes::from_bits(Lanes::to_bits(gradient) ^ sign);
+  const Pair<Float> gradient = fast_two_sum(
+      difference.high, difference.low + Lanes::fma(-quotient_low, second_scale, c_low));
+  element.gradient = Lanes::from_bits(Lanes::to_bits(gradient.high) ^ sign);
+  element.gradient_low = Lanes::from_bits(Lanes::to_bits(gradient.low) ^ sign);
   return element;
 }
 
