@@ -1,0 +1,160 @@
+"""The floor: how small a loss, and how small a gradient, can each implementation report?
+
+    python examples/precision.py
+
+A classifier that is right by a margin a has the data {(-a, 0), (a, 1)}. Both losses are
+log(1 + exp(-a)), both gradients have the magnitude 1 / (1 + exp(a)): they go on falling for ever.
+From probabilities (Keras 3 on JAX) the loss stops at a floor near 1.2e-7 and the gradient is 0 from
+a = 17. PyTorch's loss for label 0 is 0 from a = 15, its gradient for label 1 from a = 17. optax and
+XLA go on to a = 87, where float32 turns subnormal; jax_bce to a = 103, where float32 ends.
+
+Every implementation gets float32; shown is the smaller of the two losses, and of the two gradients.
+
+Prints both as tables and saves a plot.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import jax_bce
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# From logits (n,) and labels (n,) to losses (n,) and gradients (n,).
+Elements = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def of_jax(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Elements:
+    """`loss` maps arrays of logits and labels to the element losses."""
+
+    def elements(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Compiled, as in training: step by step, XLA would flush subnormal numbers on the way.
+        gradient = jax.jit(jax.grad(lambda x, y: jnp.sum(loss(x, y))))
+        return np.asarray(jax.jit(loss)(logits, labels)), np.asarray(gradient(logits, labels))
+
+    return elements
+
+
+def jax_bce_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jax_bce.loss(logits, labels, reduction="none")
+
+
+def keras_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    import keras
+
+    probabilities = jax.nn.sigmoid(logits)
+    return keras.losses.binary_crossentropy(labels[:, None], probabilities[:, None])
+
+
+def torch_elements(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    import torch
+
+    x = torch.tensor(logits, requires_grad=True)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(
+        x, torch.tensor(labels), reduction="none"
+    )
+    loss.sum().backward()
+    return loss.detach().numpy(), x.grad.numpy()
+
+
+def contestants(console: Console) -> dict[str, Elements]:
+    found: dict[str, Elements] = {"jax_bce": of_jax(jax_bce_loss)}
+    found["optax"] = of_jax(optax.sigmoid_binary_cross_entropy)
+    for name, package, elements in (
+        ("PyTorch", "torch", torch_elements),
+        ("Keras 3 on JAX", "keras", of_jax(keras_loss)),
+    ):
+        if find_spec(package):
+            found[name] = elements
+        else:
+            console.print(f"{name} is not installed, so it is left out: pip install {package}")
+    return found
+
+
+def measure(elements: Elements, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At each margin the smaller of the two losses, and of the two gradients' magnitudes."""
+    a = margins.astype(np.float32)
+    loss_0, gradient_0 = elements(-a, np.zeros_like(a))
+    loss_1, gradient_1 = elements(a, np.ones_like(a))
+    gradient = np.minimum(np.abs(gradient_0), np.abs(gradient_1))
+    return np.minimum(loss_0, loss_1).astype(np.float64), gradient.astype(np.float64)
+
+
+def table_of(title: str, margins: list[int], rows: dict[str, np.ndarray]) -> Table:
+    table = Table(title=title)
+    table.add_column("margin a")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for a in margins:
+        table.add_row(str(a), *(f"{values[a]:.4g}" for values in rows.values()))
+    return table
+
+
+STYLES = {
+    "exact": {"color": "#BBBBBB", "linewidth": 7, "solid_capstyle": "round"},
+    "jax_bce": {"color": "#0072B2", "linewidth": 2},
+    "optax": {"color": "#009E73", "linewidth": 2, "linestyle": "--"},
+    "PyTorch": {"color": "#D55E00", "linewidth": 2},
+    "Keras 3 on JAX": {"color": "#CC79A7", "linewidth": 2},
+}
+
+
+def plot(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        ends: dict[int, list[str]] = {}
+        for name, values in curves.items():
+            axis.plot(margins, np.where(values > 0, values, np.nan), label=name, **STYLES[name])
+            if not values.all():
+                ends.setdefault(int(np.argmin(values > 0)), []).append(name)
+        for first, names in ends.items():
+            last = (margins[first - 1], curves[names[0]][first - 1])
+            color = STYLES[names[0]]["color"]
+            axis.plot(*last, "o", color=color)
+            note = f"{', '.join(names)}:\n0 from a = {first}"
+            right = {"ha": "right", "xytext": (-8, -16)} if first > 40 else {"xytext": (8, 4)}
+            axis.annotate(note, last, textcoords="offset points", color=color, fontsize=8, **right)
+        axis.set(yscale="log", xlabel="margin a of a right answer", title=title)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How small a loss can each report?")
+    parser.add_argument("--max", type=int, default=110, help="the largest margin")
+    parser.add_argument("--plot", type=Path, default=Path("precision.png"))
+    options = parser.parse_args()
+
+    console = Console()
+    margins = np.arange(options.max + 1)
+    e = np.exp(-margins.astype(np.float64))
+    losses, gradients = {"exact": np.log1p(e)}, {"exact": e / (1 + e)}
+    for name, elements in contestants(console).items():
+        losses[name], gradients[name] = measure(elements, margins)
+
+    shown = [a for a in (0, 1, 5, 10, 15, 16, 17, 20, 40, 80, 90, 100) if a <= options.max]
+    panels = {"loss": losses, "gradient": gradients}
+    for title, rows in panels.items():
+        console.print(table_of(f"{title} of a right answer", shown, rows))
+    plot(margins, panels, options.plot)
+    console.print(f"Plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The examples run as their docstrings say, and tell the story they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_digits(tmp_path: Path) -> None:
+    """At the default settings: it takes seconds, and it is the first claim of the README."""
+    output = run("train_digits.py", folder=tmp_path)
+    final = dict(re.findall(r"(naive|clipped|Keras 3 on JAX|jax_bce) (\d\.\d+)", output))
+    assert set(final) == {"naive", "clipped", "Keras 3 on JAX", "jax_bce"}
+    assert float(final.pop("jax_bce")) > 0.95
+    assert all(float(accuracy) < 0.55 for accuracy in final.values())
+    assert (tmp_path / "train_digits.png").stat().st_size > 10_000
+
+
+def test_train_digits_reads_an_npz(tmp_path: Path) -> None:
+    import numpy as np
+
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=pixels, y_train=np.arange(60) % 10)
+    small = ("--samples", "50", "--hidden", "16", "--steps", "2")
+    output = run("train_digits.py", "--data", "mnist.npz", *small, folder=tmp_path)
+    assert "50 digits, 2 steps" in output
+
+
+def test_precision(tmp_path: Path) -> None:
+    output = run("precision.py", "--max", "20", folder=tmp_path)
+    row = re.findall(r"│ 20 .*", output)[0]
+    cells = [cell.strip() for cell in row.split("│")]
+    exact, ours = cells[2], cells[3]
+    assert exact == ours == "2.061e-09"
+    assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_train_flax(tmp_path: Path) -> None:
+    output = run("train_flax.py", "--epochs", "3", folder=tmp_path)
+    assert float(re.search(r"unseen digits (\d\.\d+)", output)[1]) > 0.8
