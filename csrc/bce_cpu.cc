@@ -41,7 +41,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int kTile = 512;
+constexpr int kTile = 256;
 // The lanes of a block's sum: as many as the widest vector has, in every instruction set, so that
 // all of them add in the same order.
 constexpr int kSumLanes = 16;
@@ -312,6 +312,7 @@ double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
   using V = Vector<Scalar>;
   alignas(64) Scalar logits_buffer[kTile], labels_buffer[kTile], factors[kTile];
   alignas(64) Scalar loss_buffer[kTile], gradient_buffer[kTile];
+  alignas(64) Scalar e[kTile], e_low[kTile], e_scale[kTile];
   const GradualUnderflow mode;
   const Stream<Scalar> logits_stream(problem, problem.logits, row, begin);
   const Stream<Scalar> labels_stream(problem, problem.labels, row, begin);
@@ -334,12 +335,20 @@ double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
     }
     Scalar* loss = target(problem.loss, result_start + done, tile, loss_buffer);
     Scalar* gradient = target(problem.gradient, result_start + done, tile, gradient_buffer);
+    for (int i = 0; i < tile; i += V::kLanes) {
+      const Exponential<V> exponential = exp_of<V>(V::load(logits + i));
+      V::store(e + i, exponential.e);
+      V::store(e_low + i, exponential.e_low);
+      V::store(e_scale + i, exponential.scale);
+    }
     for (int i = 0; i < tile; i += kSumLanes) {
 #pragma GCC unroll 8
       for (int v = 0; v < kSumLanes / V::kLanes; ++v) {
         const int j = i + v * V::kLanes;
+        const Exponential<V> exponential = {V::load(e + j), V::load(e_low + j),
+                                            V::load(e_scale + j)};
         const Element<V> element =
-            binary_cross_entropy<V>(V::load(logits + j), V::load(labels + j));
+            binary_cross_entropy<V>(V::load(logits + j), V::load(labels + j), exponential);
         const auto factor = V::load(factors + j);
         if constexpr (kReduce && kLoss) sum.add(v, element);
         if constexpr (!kReduce && kLoss) {

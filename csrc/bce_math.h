@@ -75,12 +75,11 @@ struct Format<float> {
                              0x1.6d2e06p-10f, 0x1.a2d99ap-13f);
   }
 
-  // (log1p(f) - f + f^2 / 2) / f^3 for -1/4 <= f <= 1/2, to a relative 2^-28 of log1p(f)
+  // (artanh(w) - w) / w^3 as a polynomial in w^2, |w| <= 1/3, to a relative 2^-31 of artanh(w)
   template <class Lanes>
-  static BCE_INLINE typename Lanes::Float log1p_tail(typename Lanes::Float f) {
-    return polynomial<Lanes>(f, 0x1.555554p-2f, -0x1.00004ap-2f, 0x1.999b3ep-3f, -0x1.552a58p-3f,
-                             0x1.2414a2p-3f, -0x1.03532ap-3f, 0x1.e1a294p-4f, -0x1.8833cap-4f,
-                             0x1.5924d6p-5f);
+  static BCE_INLINE typename Lanes::Float artanh_tail(typename Lanes::Float w2) {
+    return polynomial<Lanes>(w2, 0x1.555556p-2f, 0x1.999866p-3f, 0x1.24d76ep-3f, 0x1.bb3124p-4f,
+                             0x1.e1216p-4f);
   }
 };
 
@@ -103,13 +102,11 @@ struct Format<double> {
   }
 
   template <class Lanes>
-  static BCE_INLINE typename Lanes::Float log1p_tail(typename Lanes::Float f) {
-    return polynomial<Lanes>(
-        f, 0x1.555555555554ep-2, -0x1.000000000004dp-2, 0x1.999999999bb5fp-3, -0x1.555555554ab83p-3,
-        0x1.249249231577bp-3, -0x1.00000002dac8cp-3, 0x1.c71c72be1ea67p-4, -0x1.999999d3cf455p-4,
-        0x1.745ced243b19ap-4, -0x1.5555049dcd13bp-4, 0x1.3b177ecbe82e4p-4, -0x1.249fd27c03b7fp-4,
-        0x1.10eabdbc11e1ap-4, -0x1.fe06cce11c902p-5, 0x1.e146b2f279f84p-5, -0x1.d6911d8e32164p-5,
-        0x1.d1d865ef238a2p-5, -0x1.9034f0583b2dp-5, 0x1.d4ae44717f4fep-6, -0x1.040a91e799a7bp-7);
+  static BCE_INLINE typename Lanes::Float artanh_tail(typename Lanes::Float w2) {
+    return polynomial<Lanes>(w2, 0x1.5555555555555p-2, 0x1.9999999999b13p-3, 0x1.2492492483f12p-3,
+                             0x1.c71c71ce0cbe4p-4, 0x1.745d16ae53f07p-4, 0x1.3b13a6616eb38p-4,
+                             0x1.1114a0bbc2084p-4, 0x1.e131045d3ee6p-5, 0x1.b841f705a7ee6p-5,
+                             0x1.42b0c302c79efp-5, 0x1.3295b98a832b2p-4);
   }
 };
 
@@ -139,35 +136,46 @@ BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   return {sum, (a - (sum - b_part)) + (b - b_part)};
 }
 
+// exp(-|x|) = (e + e_low) scale. The power of two goes on in two steps, scale after log1p and
+// sigmoid, which are the identity on tiny numbers: so that the pairs stay normal and a subnormal
+// result is rounded from all its digits. scale is 1 unless the number is tiny.
+template <class Lanes>
+struct Exponential {
+  typename Lanes::Float e, e_low, scale;
+};
+
+template <class Lanes>
+BCE_INLINE typename Lanes::Bits sign_of(typename Lanes::Float value) {
+  constexpr int kSignBit = 8 * sizeof(typename Lanes::Scalar) - 1;
+  return Lanes::to_bits(value) >> kSignBit << kSignBit;
+}
+
+template <class Lanes>
+BCE_INLINE typename Lanes::Float magnitude_of(typename Lanes::Float value) {
+  return Lanes::from_bits(Lanes::to_bits(value) ^ sign_of<Lanes>(value));
+}
+
 // high + low rounded to odd: rounded again, to half as many digits, it gives what one rounding of
 // the sum gives. A low that is not a number changes nothing.
 template <class Lanes>
 BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
                                               typename Lanes::Float low) {
-  constexpr int kSignBit = 8 * sizeof(typename Lanes::Scalar) - 1;
   const typename Lanes::Bits bits = Lanes::to_bits(high);
   const typename Lanes::Float zero = Lanes::set(0);
   const typename Lanes::Float outward =
-      Lanes::from_bits(Lanes::to_bits(low) ^ (bits >> kSignBit << kSignBit));
+      Lanes::from_bits(Lanes::to_bits(low) ^ sign_of<Lanes>(high));
   return Lanes::select(outward > zero, Lanes::from_bits(bits | 1),
                        Lanes::select(outward < zero, Lanes::from_bits((bits - 1) | 1), high));
 }
 
 template <class Lanes>
-BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
-                                               typename Lanes::Float label) {
+BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
   using Float = typename Lanes::Float;
-  using Bits = typename Lanes::Bits;
   using F = Format<Scalar>;
-  const Float zero = Lanes::set(0), one = Lanes::set(1), half = Lanes::set(Scalar(0.5));
-  constexpr int kSignBit = 8 * sizeof(Scalar) - 1;
 
-  const Bits sign = Lanes::to_bits(logit) >> kSignBit << kSignBit;
-  const Float magnitude = Lanes::from_bits(Lanes::to_bits(logit) ^ sign);
-
-  // exp(-|x|) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
-  const Float a = Lanes::min(Lanes::set(F::kUnderflow), magnitude);
+  // exp(-a) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
+  const Float a = Lanes::min(Lanes::set(F::kUnderflow), magnitude_of<Lanes>(logit));
   const Float round = Lanes::set(F::kRound + F::kExponentBias);
   const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
   const Float exponent = biased - round;
@@ -175,62 +183,74 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
   const Float r_low = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high - r);
   const Float s = Lanes::fma(r * r, F::template exp_tail<Lanes>(r), r);
-  const Pair<Float> mantissa = fast_two_sum(one, s);
+  const Pair<Float> mantissa = fast_two_sum(Lanes::set(1), s);
   const Float mantissa_low = Lanes::fma(r_low, mantissa.high, mantissa.low);
 
-  // The power of two goes on in two steps, the second after log1p and sigmoid, which are the
-  // identity on tiny numbers: so that the pairs below stay normal and a subnormal result is rounded
-  // from all its digits.
-  const Float first =
-      Lanes::max(Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent), biased);
   const auto power = [](Float biased) {
     return Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
   };
-  const Float first_scale = power(first);
-  const Float second_scale = power((biased - first) + round);
-  const Float e = mantissa.high * first_scale, e_low = mantissa_low * first_scale;
+  const Float tiny = Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent);
+  const Float first = Lanes::max(tiny, biased);
+  return {mantissa.high * power(first), mantissa_low * power(first), power(biased - first + round)};
+}
 
-  // sigmoid(-|x|) = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) is one minus that.
-  const Pair<Float> denominator = fast_two_sum(one, e);
-  const Float quotient = e / denominator.high;
+template <class Lanes>
+BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
+                                               typename Lanes::Float label,
+                                               Exponential<Lanes> exponential) {
+  using Float = typename Lanes::Float;
+  using F = Format<typename Lanes::Scalar>;
+  const Float zero = Lanes::set(0), one = Lanes::set(1);
+  const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
+
+  // sigmoid(-|x|) = q = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) = 1 - q. As e / 2 <= q <= e,
+  // the difference e - q is exact, and so is what the division left over, e - q - q e.
+  const Float quotient = e / (one + e);
   const Float sigmoid = one - quotient;
-  const Float e_low_sigmoid = e_low * sigmoid;
-  const Float remainder = Lanes::fma(-quotient, denominator.high, e) + e_low_sigmoid;
-  const Float quotient_low = sigmoid * Lanes::fma(-quotient, denominator.low, remainder);
+  const Float remainder = Lanes::fma(-quotient, e, e - quotient);
+  const Float quotient_low = sigmoid * Lanes::fma(e_low, sigmoid, remainder);
 
-  // log1p(e) = log1p(f), or log(2) + log1p(f) with f = (e - 1) / 2 for the larger e.
-  const auto large = e >= half;
-  const Float f = Lanes::select(large, Lanes::fma(e, half, -half), e);
-  const Pair<Float> log1p =
-      fast_two_sum(Lanes::select(large, Lanes::set(Scalar(0.6931471805599453)), zero), f);
-  const Float log1p_low =
-      log1p.low +
-      Lanes::fma(f * f, Lanes::fma(f, F::template log1p_tail<Lanes>(f), -half), e_low_sigmoid);
+  // log1p(e) = 2 artanh(w) = 2 w + 2 w^3 P(w^2) with w = e / (2 + e) <= 1/3; 2 / (2 + e) = 1 - w.
+  const Float w = e / (Lanes::set(2) + e), log1p = w + w;
+  const Float w_complement = one - w;
+  const Float w_remainder = Lanes::fma(-w, e, e - log1p);
+  const Float log1p_low = Lanes::fma(log1p * (w * w), F::template artanh_tail<Lanes>(w * w),
+                                     w_complement * Lanes::fma(e_low, w_complement, w_remainder));
 
   // c = x >= 0 ? 1 - y : y
+  const auto sign = sign_of<Lanes>(logit);
   const auto negative = sign != Lanes::to_bits(zero);  // of -0 too, as the gradient's sign
   const Pair<Float> complement = fast_two_sum(one, -label);
   const Float c = Lanes::select(negative, label, complement.high);
   const Float c_low = Lanes::select(negative, zero, complement.low);
 
   Element<Lanes> element;
-  const Float bounded = Lanes::select(c == zero, zero, magnitude);  // 0 * infinity is 0 here
+  // A coefficient 0 wins over an infinite logit.
+  const Float bounded = Lanes::select(c == zero, zero, magnitude_of<Lanes>(logit));
   const Float linear = bounded * c;
   const Float linear_low = Lanes::fma(bounded, c_low, Lanes::fma(bounded, c, -linear));
-  const Pair<Float> loss = two_sum(linear, log1p.high * second_scale);
-  const Float loss_rest = loss.low + Lanes::fma(log1p_low, second_scale, linear_low);
+  const Pair<Float> loss = two_sum(linear, log1p * scale);
+  const Float loss_rest = loss.low + Lanes::fma(log1p_low, scale, linear_low);
   // What the rounding of an infinite loss lost is not a number.
   const auto finite = loss.high < Lanes::set(F::kInfinity);
   const Pair<Float> rounded = fast_two_sum(loss.high, Lanes::select(finite, loss_rest, zero));
   element.loss = rounded.high;
   element.loss_low = rounded.low;
 
-  const Pair<Float> difference = two_sum(c, -(quotient * second_scale));
-  const Pair<Float> gradient = fast_two_sum(
-      difference.high, difference.low + Lanes::fma(-quotient_low, second_scale, c_low));
+  const Pair<Float> difference = two_sum(c, -(quotient * scale));
+  const Pair<Float> gradient =
+      fast_two_sum(difference.high, difference.low + Lanes::fma(-quotient_low, scale, c_low));
   element.gradient = Lanes::from_bits(Lanes::to_bits(gradient.high) ^ sign);
   element.gradient_low = Lanes::from_bits(Lanes::to_bits(gradient.low) ^ sign);
   return element;
+}
+
+// The two steps in one. A CPU, whose window of instructions is smaller than this chain of dependent
+// ones, takes them one after the other over a tile.
+template <class Lanes>
+BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
+                                               typename Lanes::Float label) {
+  return binary_cross_entropy<Lanes>(logit, label, exp_of<Lanes>(logit));
 }
 
 }  // namespace jax_bce
