@@ -92,6 +92,20 @@ struct Vector {
   static BCE_INLINE void store(Scalar* to, Float value) { std::memcpy(to, &value, sizeof value); }
 };
 
+// As many numbers as a vector of float64 holds. (GCC 12 converts vectors half by half.)
+BCE_INLINE Vector<double>::Float load_wide(const double* from) {
+  return Vector<double>::load(from);
+}
+BCE_INLINE Vector<double>::Float load_wide(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  return {from[0], from[1]};
+#endif
+}
+
 // XLA's threads flush subnormal numbers to zero; a block needs them.
 class GradualUnderflow {
  public:
@@ -274,99 +288,147 @@ void store(const Result& result, int64_t offset, int size, const Scalar* from) {
   });
 }
 
-// A block's sum: float64 lanes for the rounded losses, the arithmetic's type for what rounding
-// lost.
+// Some elements of a row on their way through the two steps of the formula.
+template <class Scalar>
+struct Tile {
+  int size;  // whole groups of kSumLanes; so a tail is padded
+  const Scalar *logits, *labels;
+  Scalar *loss, *gradient;
+  alignas(64) Scalar factors[kTile], loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
+};
+
+// A block's sum, in float64. What an element's loss.high lacks is small enough to be added up in
+// the arithmetic's type over a tile.
 template <class Scalar>
 struct Sum {
   using V = Vector<Scalar>;
-  using Wide = typename VectorOf<double>::type;
-  static constexpr int kWideLanes = kVectorBytes / sizeof(double);
-  Wide sums[kSumLanes / kWideLanes] = {};
-  typename V::Float lows[kSumLanes / V::kLanes] = {};
+  using Wide = Vector<double>;
+  typename Wide::Float lanes[kSumLanes / Wide::kLanes] = {};
 
-  BCE_INLINE void add(int vector, const Element<V>& element) {
-    if constexpr (sizeof(Scalar) == sizeof(double)) {
-      sums[vector] += element.loss;
-    } else {
-      typename VectorOf<float, kVectorBytes / 2>::type halves[2];
-      std::memcpy(halves, &element.loss, sizeof halves);
-      sums[2 * vector] += __builtin_convertvector(halves[0], Wide);
-      sums[2 * vector + 1] += __builtin_convertvector(halves[1], Wide);
+  BCE_INLINE void add(const Tile<Scalar>& tile) {
+    Sum sum = *this;
+    typename V::Float low[kSumLanes / V::kLanes] = {};
+    for (int i = 0; i < tile.size; i += kSumLanes) {
+      sum.add(tile.loss + i);
+      BCE_UNROLL
+      for (int v = 0; v < kSumLanes / V::kLanes; ++v)
+        low[v] += V::load(tile.loss_low + i + v * V::kLanes);
     }
-    lows[vector] += element.loss_low;
+    Scalar low_lanes[kSumLanes];
+    std::memcpy(low_lanes, low, sizeof low);
+    sum.add(low_lanes);
+    *this = sum;
+  }
+
+  BCE_INLINE void add(const Scalar* values) {
+    BCE_UNROLL
+    for (int v = 0; v < kSumLanes / Wide::kLanes; ++v)
+      lanes[v] += load_wide(values + v * Wide::kLanes);
   }
 
   double total() const {
     double total = 0;
-    for (int i = 0; i < kSumLanes; ++i) {
-      const double sum = sums[i / kWideLanes][i % kWideLanes];
-      // What the rounding of an infinite loss lost is not a number.
-      total += std::isfinite(sum) ? sum + lows[i / V::kLanes][i % V::kLanes] : sum;
-    }
+    for (int i = 0; i < kSumLanes; ++i) total += lanes[i / Wide::kLanes][i % Wide::kLanes];
     return total;
   }
 };
 
+// Calls f with the index of every vector of the tile. In straight lines of several vectors, which
+// do not wait for each other, the compiler finds more to do at once.
+template <class V, class F>
+BCE_INLINE void for_each_vector(int size, F f) {
+  for (int i = 0; i < size; i += kSumLanes) {
+    BCE_UNROLL
+    for (int v = 0; v < kSumLanes / V::kLanes; ++v) f(i + v * V::kLanes);
+  }
+}
+
+// The first step. Returns whether all elements are common, which it takes for granted if kCommon.
+template <bool kCommon, class Scalar>
+BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
+  using V = Vector<Scalar>;
+  using Bits = typename V::Bits;
+  const Scalar *logits = tile.logits, *labels = tile.labels;
+  Bits largest = {}, soft = {};
+  for_each_vector<V>(tile.size, [&](int i) {
+    const auto logit = V::load(logits + i), label = V::load(labels + i);
+    const Exponential<V> exponential = exp_of<V, kCommon>(logit);
+    V::store(tile.e + i, exponential.e);
+    V::store(tile.e_low + i, exponential.e_low);
+    if constexpr (!kCommon) V::store(tile.e_scale + i, exponential.scale);
+    // Magnitudes are in the order of their bits, with infinity and NaN at the end.
+    const Bits magnitude = V::to_bits(magnitude_of<V>(logit));
+    largest = magnitude > largest ? magnitude : largest;
+    soft |= V::to_bits(V::fma(label, label, -label));
+  });
+  const Bits limit = V::to_bits(V::set(Format<Scalar>::kCommon));
+  bool common = true;
+  for (int i = 0; i < V::kLanes; ++i) common &= largest[i] <= limit[i] && soft[i] == 0;
+  return common;
+}
+
+// The second step.
+template <bool kCommon, bool kReduce, bool kLoss, bool kGradient, class Scalar>
+BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type) {
+  using V = Vector<Scalar>;
+  const Scalar *logits = tile.logits, *labels = tile.labels;
+  Scalar *loss = tile.loss, *gradient = tile.gradient;
+  for_each_vector<V>(tile.size, [&](int i) {
+    const Element<V> element = binary_cross_entropy<V, kCommon>(
+        V::load(logits + i), V::load(labels + i),
+        {V::load(tile.e + i), V::load(tile.e_low + i), V::load(tile.e_scale + i)});
+    const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type) {
+      value = fast_two_sum(value.high, value.low);
+      // For bfloat16, with fewer digits than half of float32's, this would change nothing for
+      // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
+      if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
+      V::store(to + i, value.high * V::load(tile.factors + i));
+    };
+    if constexpr (kLoss && kReduce) {
+      V::store(loss + i, element.loss.high);
+      V::store(tile.loss_low + i, element.loss.low);
+    }
+    if constexpr (kLoss && !kReduce) write(loss, element.loss, loss_type);
+    if constexpr (kGradient) write(gradient, element.gradient, gradient_type);
+  });
+}
+
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
 double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  using V = Vector<Scalar>;
-  alignas(64) Scalar logits_buffer[kTile], labels_buffer[kTile], factors[kTile];
-  alignas(64) Scalar loss_buffer[kTile], gradient_buffer[kTile];
-  alignas(64) Scalar e[kTile], e_low[kTile], e_scale[kTile];
   const GradualUnderflow mode;
+  Tile<Scalar> tile;
+  alignas(64) Scalar logits[kTile], labels[kTile], loss[kTile], gradient[kTile];
   const Stream<Scalar> logits_stream(problem, problem.logits, row, begin);
   const Stream<Scalar> labels_stream(problem, problem.labels, row, begin);
   const Stream<Scalar> scale_stream(problem, problem.scale, row, begin);
   const int64_t result_start = row * problem.columns() + begin;
-  // For bfloat16, with fewer digits than half of float32's, this would change nothing for labels 0
-  // and 1: their results are rounded as if once, all of them (the exhaustive run).
-  const bool odd_loss = problem.loss.type == Type::kF16;
-  const bool odd_gradient = problem.gradient.type == Type::kF16;
   Sum<Scalar> sum;
   for (int64_t done = 0; done < size; done += kTile) {
-    const int tile = static_cast<int>(size - done < kTile ? size - done : kTile);
+    const int filled = static_cast<int>(size - done < kTile ? size - done : kTile);
+    tile.size = (filled + kSumLanes - 1) / kSumLanes * kSumLanes;
     // A padding element has logit -inf and label 0: its loss is exactly 0.
-    const Scalar* logits =
-        logits_stream.load(done, tile, -std::numeric_limits<Scalar>::infinity(), logits_buffer);
-    const Scalar* labels = labels_stream.load(done, tile, 0, labels_buffer);
+    tile.logits =
+        logits_stream.load(done, filled, -std::numeric_limits<Scalar>::infinity(), logits);
+    tile.labels = labels_stream.load(done, filled, 0, labels);
     if (done == 0 || scale_stream.stride) {
-      const Scalar* scale = scale_stream.load(done, tile, 0, factors);
-      for (int i = 0; i < tile; ++i) factors[i] = static_cast<double>(scale[i]) / problem.count;
+      const Scalar* scale = scale_stream.load(done, filled, 0, tile.factors);
+      for (int i = 0; i < filled; ++i)
+        tile.factors[i] = static_cast<double>(scale[i]) / problem.count;
     }
-    Scalar* loss = target(problem.loss, result_start + done, tile, loss_buffer);
-    Scalar* gradient = target(problem.gradient, result_start + done, tile, gradient_buffer);
-    for (int i = 0; i < tile; i += V::kLanes) {
-      const Exponential<V> exponential = exp_of<V>(V::load(logits + i));
-      V::store(e + i, exponential.e);
-      V::store(e_low + i, exponential.e_low);
-      V::store(e_scale + i, exponential.scale);
+    const int64_t offset = result_start + done;
+    tile.loss = kReduce ? loss : target(problem.loss, offset, filled, loss);
+    tile.gradient = target(problem.gradient, offset, filled, gradient);
+    if (exponentials<true>(tile)) {
+      elements<true, kReduce, kLoss, kGradient>(tile, problem.loss.type, problem.gradient.type);
+    } else {
+      exponentials<false>(tile);
+      elements<false, kReduce, kLoss, kGradient>(tile, problem.loss.type, problem.gradient.type);
     }
-    for (int i = 0; i < tile; i += kSumLanes) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kSumLanes / V::kLanes; ++v) {
-        const int j = i + v * V::kLanes;
-        const Exponential<V> exponential = {V::load(e + j), V::load(e_low + j),
-                                            V::load(e_scale + j)};
-        const Element<V> element =
-            binary_cross_entropy<V>(V::load(logits + j), V::load(labels + j), exponential);
-        const auto factor = V::load(factors + j);
-        if constexpr (kReduce && kLoss) sum.add(v, element);
-        if constexpr (!kReduce && kLoss) {
-          const auto value =
-              odd_loss ? round_to_odd<V>(element.loss, element.loss_low) : element.loss;
-          V::store(loss + j, value * factor);
-        }
-        if constexpr (kGradient) {
-          const auto value = odd_gradient ? round_to_odd<V>(element.gradient, element.gradient_low)
-                                          : element.gradient;
-          V::store(gradient + j, value * factor);
-        }
-      }
-    }
-    if constexpr (!kReduce && kLoss) store(problem.loss, result_start + done, tile, loss);
-    if constexpr (kGradient) store(problem.gradient, result_start + done, tile, gradient);
+    if constexpr (kLoss && kReduce) sum.add(tile);
+    if constexpr (kLoss && !kReduce) store(problem.loss, offset, filled, tile.loss);
+    if constexpr (kGradient) store(problem.gradient, offset, filled, tile.gradient);
   }
-  return kReduce && kLoss ? sum.total() : 0;
+  return sum.total();
 }
 
 template <class Scalar>

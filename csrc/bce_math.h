@@ -32,25 +32,18 @@
 
 namespace jax_bce {
 
-// c0 + c1 x + c2 x^2 + ..., in pairs (Estrin): a shorter chain of operations than Horner's.
-template <class Lanes, int kCount>
-BCE_INLINE typename Lanes::Float estrin(const typename Lanes::Float (&terms)[kCount],
-                                        typename Lanes::Float x) {
-  if constexpr (kCount == 1) {
-    return terms[0];
-  } else {
-    typename Lanes::Float pairs[(kCount + 1) / 2];
-    BCE_UNROLL
-    for (int i = 0; i < kCount / 2; ++i) pairs[i] = Lanes::fma(terms[2 * i + 1], x, terms[2 * i]);
-    if constexpr (kCount % 2) pairs[kCount / 2] = terms[kCount - 1];
-    return estrin<Lanes>(pairs, x * x);
-  }
-}
-
+// c0 + c1 x + c2 x^2 + ...: Horner's rule in x^2 over pairs of terms, half as long a chain of
+// operations for one more of them.
 template <class Lanes, class... Coefficients>
 BCE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x, Coefficients... coefficients) {
-  const typename Lanes::Float terms[] = {Lanes::set(coefficients)...};
-  return estrin<Lanes>(terms, x);
+  using Float = typename Lanes::Float;
+  constexpr int kCount = sizeof...(coefficients);
+  const Float c[] = {Lanes::set(coefficients)...}, x2 = x * x;
+  Float sum = kCount % 2 ? c[kCount - 1] : Lanes::fma(c[kCount - 1], x, c[kCount - 2]);
+  BCE_UNROLL
+  for (int i = (kCount - 1) / 2 * 2 - 2; i >= 0; i -= 2)
+    sum = Lanes::fma(sum, x2, Lanes::fma(c[i + 1], x, c[i]));
+  return sum;
 }
 
 // What depends on the floating-point format. coefficients.sollya prints the polynomials.
@@ -66,6 +59,7 @@ struct Format<float> {
   static constexpr float kInfinity = __builtin_huge_valf();
   static constexpr float kUnderflow = 105;     // exp(-105) rounds to zero
   static constexpr float kTinyExponent = -64;  // below 2^-64, log1p(e) = e / (1 + e) = e
+  static constexpr float kCommon = 44;         // exp(-44) is above it
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // k * high is exact
 
   // (exp(r) - 1 - r) / r^2 for |r| <= log(2) / 2, to a relative 2^-31 of exp(r)
@@ -90,7 +84,7 @@ struct Format<double> {
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kInfinity = __builtin_huge_val();
   static constexpr double kUnderflow = 750;
-  static constexpr double kTinyExponent = -200;
+  static constexpr double kTinyExponent = -200, kCommon = 138;
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
 
   template <class Lanes>
@@ -108,12 +102,6 @@ struct Format<double> {
                              0x1.1114a0bbc2084p-4, 0x1.e131045d3ee6p-5, 0x1.b841f705a7ee6p-5,
                              0x1.42b0c302c79efp-5, 0x1.3295b98a832b2p-4);
   }
-};
-
-template <class Lanes>
-struct Element {
-  typename Lanes::Float loss, loss_low;          // loss is rounded; loss_low is what that lost, for
-  typename Lanes::Float gradient, gradient_low;  // sums and for a second rounding
 };
 
 // A number and what its rounding lost.
@@ -135,6 +123,12 @@ BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   const Float sum = a + b, b_part = sum - a;
   return {sum, (a - (sum - b_part)) + (b - b_part)};
 }
+
+// The loss and the gradient of one element, not rounded yet: fast_two_sum does that.
+template <class Lanes>
+struct Element {
+  Pair<typename Lanes::Float> loss, gradient;
+};
 
 // exp(-|x|) = (e + e_low) scale. The power of two goes on in two steps, scale after log1p and
 // sigmoid, which are the identity on tiny numbers: so that the pairs stay normal and a subnormal
@@ -168,14 +162,18 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
                        Lanes::select(outward < zero, Lanes::from_bits((bits - 1) | 1), high));
 }
 
-template <class Lanes>
+// The two steps from logit and label to loss and gradient. kCommon promises a logit within
+// Format::kCommon of 0 and a label of 0 or 1, as nearly all training has: operations that would
+// change nothing then are left out, and the bits are the same.
+template <class Lanes, bool kCommon = false>
 BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
   using Float = typename Lanes::Float;
   using F = Format<Scalar>;
 
   // exp(-a) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
-  const Float a = Lanes::min(Lanes::set(F::kUnderflow), magnitude_of<Lanes>(logit));
+  Float a = magnitude_of<Lanes>(logit);
+  if constexpr (!kCommon) a = Lanes::min(Lanes::set(F::kUnderflow), a);
   const Float round = Lanes::set(F::kRound + F::kExponentBias);
   const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
   const Float exponent = biased - round;
@@ -183,38 +181,40 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
   const Float r_low = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high - r);
   const Float s = Lanes::fma(r * r, F::template exp_tail<Lanes>(r), r);
-  const Pair<Float> mantissa = fast_two_sum(Lanes::set(1), s);
-  const Float mantissa_low = Lanes::fma(r_low, mantissa.high, mantissa.low);
-
-  const auto power = [](Float biased) {
+  const auto power_of = [](Float biased) {
     return Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
   };
-  const Float tiny = Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent);
-  const Float first = Lanes::max(tiny, biased);
-  return {mantissa.high * power(first), mantissa_low * power(first), power(biased - first + round)};
+  Float first = biased, scale = Lanes::set(1);
+  if constexpr (!kCommon) {
+    first = Lanes::max(Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent), biased);
+    scale = power_of(biased - first + round);
+  }
+  const Float power = power_of(first);
+  const Float e = Lanes::fma(s, power, power);
+  return {e, Lanes::fma(r_low, e, Lanes::fma(s, power, power - e)), scale};
 }
 
-template <class Lanes>
+template <class Lanes, bool kCommon = false>
 BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
                                                typename Lanes::Float label,
                                                Exponential<Lanes> exponential) {
   using Float = typename Lanes::Float;
-  using F = Format<typename Lanes::Scalar>;
   const Float zero = Lanes::set(0), one = Lanes::set(1);
   const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
 
   // sigmoid(-|x|) = q = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) = 1 - q. As e / 2 <= q <= e,
   // the difference e - q is exact, and so is what the division left over, e - q - q e.
-  const Float quotient = e / (one + e);
-  const Float sigmoid = one - quotient;
-  const Float remainder = Lanes::fma(-quotient, e, e - quotient);
-  const Float quotient_low = sigmoid * Lanes::fma(e_low, sigmoid, remainder);
+  const Float q = e / (one + e);
+  const Float q_complement = one - q;
+  const Float q_remainder = Lanes::fma(-q, e, e - q);
+  const Float q_low = q_complement * Lanes::fma(e_low, q_complement, q_remainder);
 
   // log1p(e) = 2 artanh(w) = 2 w + 2 w^3 P(w^2) with w = e / (2 + e) <= 1/3; 2 / (2 + e) = 1 - w.
   const Float w = e / (Lanes::set(2) + e), log1p = w + w;
   const Float w_complement = one - w;
   const Float w_remainder = Lanes::fma(-w, e, e - log1p);
-  const Float log1p_low = Lanes::fma(log1p * (w * w), F::template artanh_tail<Lanes>(w * w),
+  const Float tail = Format<typename Lanes::Scalar>::template artanh_tail<Lanes>(w * w);
+  const Float log1p_low = Lanes::fma(log1p * (w * w), tail,
                                      w_complement * Lanes::fma(e_low, w_complement, w_remainder));
 
   // c = x >= 0 ? 1 - y : y
@@ -222,26 +222,30 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const auto negative = sign != Lanes::to_bits(zero);  // of -0 too, as the gradient's sign
   const Pair<Float> complement = fast_two_sum(one, -label);
   const Float c = Lanes::select(negative, label, complement.high);
-  const Float c_low = Lanes::select(negative, zero, complement.low);
 
   Element<Lanes> element;
-  // A coefficient 0 wins over an infinite logit.
-  const Float bounded = Lanes::select(c == zero, zero, magnitude_of<Lanes>(logit));
-  const Float linear = bounded * c;
-  const Float linear_low = Lanes::fma(bounded, c_low, Lanes::fma(bounded, c, -linear));
-  const Pair<Float> loss = two_sum(linear, log1p * scale);
-  const Float loss_rest = loss.low + Lanes::fma(log1p_low, scale, linear_low);
-  // What the rounding of an infinite loss lost is not a number.
-  const auto finite = loss.high < Lanes::set(F::kInfinity);
-  const Pair<Float> rounded = fast_two_sum(loss.high, Lanes::select(finite, loss_rest, zero));
-  element.loss = rounded.high;
-  element.loss_low = rounded.low;
-
-  const Pair<Float> difference = two_sum(c, -(quotient * scale));
-  const Pair<Float> gradient =
-      fast_two_sum(difference.high, difference.low + Lanes::fma(-quotient_low, scale, c_low));
-  element.gradient = Lanes::from_bits(Lanes::to_bits(gradient.high) ^ sign);
-  element.gradient_low = Lanes::from_bits(Lanes::to_bits(gradient.low) ^ sign);
+  if constexpr (kCommon) {
+    const Float linear = magnitude_of<Lanes>(logit) * c;
+    element.loss = fast_two_sum(Lanes::max(linear, log1p), Lanes::min(linear, log1p));
+    element.loss.low = element.loss.low + log1p_low;
+    element.gradient = fast_two_sum(c, -q);
+    element.gradient.low = element.gradient.low - q_low;
+  } else {
+    const Float c_low = Lanes::select(negative, zero, complement.low);
+    // A coefficient 0 wins over an infinite logit.
+    const Float bounded = Lanes::select(c == zero, zero, magnitude_of<Lanes>(logit));
+    const Float linear = bounded * c;
+    const Float linear_low = Lanes::fma(bounded, c_low, Lanes::fma(bounded, c, -linear));
+    element.loss = two_sum(linear, log1p * scale);
+    const Float loss_low = element.loss.low + Lanes::fma(log1p_low, scale, linear_low);
+    // What the sum lost of an infinite loss is not a number.
+    const auto finite = element.loss.high < Lanes::set(Format<typename Lanes::Scalar>::kInfinity);
+    element.loss.low = Lanes::select(finite, loss_low, zero);
+    element.gradient = two_sum(c, -(q * scale));
+    element.gradient.low = element.gradient.low + Lanes::fma(-q_low, scale, c_low);
+  }
+  element.gradient.high = Lanes::from_bits(Lanes::to_bits(element.gradient.high) ^ sign);
+  element.gradient.low = Lanes::from_bits(Lanes::to_bits(element.gradient.low) ^ sign);
   return element;
 }
 

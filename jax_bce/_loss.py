@@ -1,122 +1,13 @@
-"""The public functions: validation and options, ending in one call of the primitive."""
+"""The public functions: each one call of the primitive."""
 
-import math
-import numbers
-import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_bce._arguments import one_of, prepare
 from jax_bce._derivatives import recompute
-from jax_bce._primitive import bce, missing
-from jax_bce._reference import arithmetic_dtype
-
-_LOGITS = ("float16", "bfloat16", "float32", "float64")
-_LABELS = (*_LOGITS, "bool", "int8", "uint8", "int16", "int32", "int64")
-_REDUCTIONS = ("none", "sum", "mean")
-_RESIDUALS = ("gradient", "recompute")
-_IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
-
-
-class _Call(NamedTuple):
-    """A validated call: the primitive's operands and parameters, with the summed axes last."""
-
-    operands: tuple[Array, Array, Array]
-    params: dict[str, Any]
-    axes: tuple[int, ...]
-    result_dtype: np.dtype
-
-
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-
-
-def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    if dtype is not None and jnp.dtype(dtype).name not in _LOGITS:
-        raise TypeError(f"dtype must be one of {list(_LOGITS)}, got {jnp.dtype(dtype).name}.")
-    return None if dtype is None else jnp.dtype(dtype)
-
-
-def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes to sum as non-negative numbers in ascending order."""
-    if axis is None:
-        return tuple(range(len(shape)))
-    given = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
-    outside = [a for a in given if not -len(shape) <= a < len(shape)]
-    if outside:
-        raise ValueError(f"axis {outside[0]} is out of range for logits of shape {shape}.")
-    axes = sorted(a % len(shape) for a in given)
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis names a dimension twice: {given} for logits of shape {shape}.")
-    return tuple(axes)
-
-
-def _prepare(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    reduction: str,
-    axis: int | Sequence[int] | None,
-    label_smoothing: ArrayLike,
-    dtype: DTypeLike | None,
-    implementation: str | None,
-) -> _Call:
-    _one_of("reduction", reduction, _REDUCTIONS)
-    _one_of("implementation", implementation, _IMPLEMENTATIONS)
-    if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
-        raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
-    x, y = jnp.asarray(logits), jnp.asarray(labels)
-    if x.dtype.name not in _LOGITS:
-        raise TypeError(
-            f"logits must be one of {list(_LOGITS)}, got {x.dtype.name}: pass the model's raw "
-            "scores before the sigmoid, or logits.astype(jnp.float32)."
-        )
-    if y.dtype.name not in _LABELS:
-        raise TypeError(
-            f"labels must be one of {list(_LABELS)}, got {y.dtype.name}: use "
-            "labels.astype(jnp.int32)."
-        )
-    if y.ndim and y.shape != x.shape:
-        squeezed = [d for d in x.shape if d != 1] == [d for d in y.shape if d != 1]
-        mend = (
-            "reshape one to the other, for example labels.reshape(logits.shape)"
-            if squeezed
-            else "pass labels of the logits' shape, or one scalar label for all; "
-            "jnp.broadcast_to(labels, logits.shape) says so explicitly"
-        )
-        raise ValueError(
-            f"labels of shape {y.shape} do not match logits of shape {x.shape}: {mend}."
-        )
-    if reduction == "none" and axis is not None:
-        raise ValueError(f"axis={axis} has no meaning with reduction='none': leave axis=None.")
-    axes = () if reduction == "none" else _axes(axis, x.shape)
-    wide = arithmetic_dtype(x.dtype)
-    if isinstance(label_smoothing, numbers.Real) and not 0 <= float(label_smoothing) <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}.")
-    if not (isinstance(label_smoothing, numbers.Real) and label_smoothing == 0):
-        smoothing = jnp.asarray(label_smoothing, wide)
-        y = y.astype(wide) * (1 - smoothing) + smoothing / 2
-    count = max(1, math.prod(x.shape[a] for a in axes)) if reduction == "mean" else 1
-    y = jnp.moveaxis(y, axes, _last(axes)) if y.ndim else y.reshape((1,) * x.ndim)
-    x = jnp.moveaxis(x, axes, _last(axes))
-    result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
-    # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
-    direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
-    params = {
-        "reduced_rank": len(axes),
-        "count": count,
-        "implementation": implementation,
-        "loss_dtype": result_dtype if direct else wide,
-    }
-    return _Call((x, y, jnp.ones((1,) * x.ndim, wide)), params, axes, result_dtype)
-
-
-def _last(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(range(-len(axes), 0))
+from jax_bce._primitive import bce
 
 
 def loss(
@@ -186,8 +77,8 @@ def loss(
       >>> print(value, gradient)
       6.8977156 [ 6.8705125e-10 -1.6666667e-01  3.3333334e-01]
     """
-    _one_of("residuals", residuals, _RESIDUALS)
-    call = _prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
+    one_of("residuals", residuals, ("gradient", "recompute"))
+    call = prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
     if residuals == "recompute":
         result = recompute(*call.operands, tuple(call.params.items()))
     else:
@@ -235,7 +126,6 @@ def loss_and_grad(
       >>> print(value, gradient)
       20.0 [2.0611537e-09 1.0000000e+00]
     """
-    call = _prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
+    call = prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
-    gradient = jnp.moveaxis(gradient, _last(call.axes), call.axes)
-    return value.astype(call.result_dtype), gradient
+    return value.astype(call.result_dtype), call.in_place(gradient)

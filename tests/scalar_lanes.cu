@@ -30,10 +30,11 @@ struct ScalarLane {
 
 template <class T, class Unsigned>
 BCE_INLINE void evaluate(const T* logits, const T* labels, T* loss, T* gradient, int64_t i) {
+  using namespace jax_bce;
   using Lane = ScalarLane<T, Unsigned>;
-  const auto element = jax_bce::binary_cross_entropy<Lane>(logits[i], labels[i]);
-  loss[i] = element.loss;
-  gradient[i] = element.gradient;
+  const auto element = binary_cross_entropy<Lane>(logits[i], labels[i]);
+  loss[i] = fast_two_sum(element.loss.high, element.loss.low).high;
+  gradient[i] = fast_two_sum(element.gradient.high, element.gradient.low).high;
 }
 
 #ifdef __CUDACC__
