@@ -367,29 +367,35 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
   return common;
 }
 
-// The second step.
+// The second step: the loss, the gradient, or both.
 template <bool kCommon, bool kReduce, bool kLoss, bool kGradient, class Scalar>
 BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type) {
   using V = Vector<Scalar>;
   const Scalar *logits = tile.logits, *labels = tile.labels;
   Scalar *loss = tile.loss, *gradient = tile.gradient;
   for_each_vector<V>(tile.size, [&](int i) {
-    const Element<V> element = binary_cross_entropy<V, kCommon>(
-        V::load(logits + i), V::load(labels + i),
-        {V::load(tile.e + i), V::load(tile.e_low + i), V::load(tile.e_scale + i)});
+    const auto logit = V::load(logits + i), label = V::load(labels + i);
+    const auto factor = V::load(tile.factors + i);
+    const Exponential<V> exponential = {V::load(tile.e + i), V::load(tile.e_low + i),
+                                        V::load(tile.e_scale + i)};
     const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type) {
       value = fast_two_sum(value.high, value.low);
       // For bfloat16, with fewer digits than half of float32's, this would change nothing for
       // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
       if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
-      V::store(to + i, value.high * V::load(tile.factors + i));
+      V::store(to + i, value.high * factor);
     };
-    if constexpr (kLoss && kReduce) {
-      V::store(loss + i, element.loss.high);
-      V::store(tile.loss_low + i, element.loss.low);
+    if constexpr (kLoss) {
+      const auto value = loss_of<V, kCommon>(logit, label, exponential);
+      if constexpr (kReduce) {
+        V::store(loss + i, value.high);
+        V::store(tile.loss_low + i, value.low);
+      } else {
+        write(loss, value, loss_type);
+      }
     }
-    if constexpr (kLoss && !kReduce) write(loss, element.loss, loss_type);
-    if constexpr (kGradient) write(gradient, element.gradient, gradient_type);
+    if constexpr (kGradient)
+      write(gradient, gradient_of<V, kCommon>(logit, label, exponential), gradient_type);
   });
 }
 

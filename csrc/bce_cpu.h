@@ -8,7 +8,7 @@ namespace jax_bce {
 
 // A row is cut into blocks of this many elements, whatever the thread count and instruction set.
 // Inside a block the elements are added in one fixed order, and the blocks' sums in block order.
-constexpr int64_t kBlock = 16384;
+constexpr int64_t kBlock = 8192;
 
 struct CpuKernel {
   const char* instruction_set;

@@ -124,12 +124,6 @@ BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   return {sum, (a - (sum - b_part)) + (b - b_part)};
 }
 
-// The loss and the gradient of one element, not rounded yet: fast_two_sum does that.
-template <class Lanes>
-struct Element {
-  Pair<typename Lanes::Float> loss, gradient;
-};
-
 // exp(-|x|) = (e + e_low) scale. The power of two goes on in two steps, scale after log1p and
 // sigmoid, which are the identity on tiny numbers: so that the pairs stay normal and a subnormal
 // result is rounded from all its digits. scale is 1 unless the number is tiny.
@@ -162,9 +156,12 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
                        Lanes::select(outward < zero, Lanes::from_bits((bits - 1) | 1), high));
 }
 
-// The two steps from logit and label to loss and gradient. kCommon promises a logit within
-// Format::kCommon of 0 and a label of 0 or 1, as nearly all training has: operations that would
-// change nothing then are left out, and the bits are the same.
+// The steps from logit and label to loss and gradient: exp_of, then loss_of and gradient_of, whose
+// pairs are not rounded yet. A GPU takes them in one go; a CPU, whose window of instructions is
+// smaller than this chain of dependent ones, one after the other over a tile.
+//
+// kCommon promises a logit within Format::kCommon of 0 and a label of 0 or 1, as nearly all
+// training has: operations that would change nothing then are left out, and the bits are the same.
 template <class Lanes, bool kCommon = false>
 BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
@@ -194,12 +191,58 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   return {e, Lanes::fma(r_low, e, Lanes::fma(s, power, power - e)), scale};
 }
 
+// c = x >= 0 ? 1 - y : y. A logit of -0 counts as negative, for the sign of its gradient.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logit,
+                                                      typename Lanes::Float label) {
+  const typename Lanes::Float zero = Lanes::set(0);
+  const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(zero);
+  const Pair<typename Lanes::Float> complement = fast_two_sum(Lanes::set(1), -label);
+  return {Lanes::select(negative, label, complement.high),
+          Lanes::select(negative, zero, complement.low)};
+}
+
 template <class Lanes, bool kCommon = false>
-BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
+BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
                                                typename Lanes::Float label,
                                                Exponential<Lanes> exponential) {
   using Float = typename Lanes::Float;
+  using F = Format<typename Lanes::Scalar>;
   const Float zero = Lanes::set(0), one = Lanes::set(1);
+  const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
+
+  // log1p(e) = 2 artanh(w) = 2 w + 2 w^3 P(w^2) with w = e / (2 + e) <= 1/3; 2 / (2 + e) = 1 - w.
+  const Float w = e / (Lanes::set(2) + e), log1p = w + w;
+  const Float w_complement = one - w;
+  const Float w_remainder = Lanes::fma(-w, e, e - log1p);
+  const Float tail = F::template artanh_tail<Lanes>(w * w);
+  const Float log1p_low = Lanes::fma(log1p * (w * w), tail,
+                                     w_complement * Lanes::fma(e_low, w_complement, w_remainder));
+
+  const Pair<Float> c = coefficient_of<Lanes>(logit, label);
+  const Float a = magnitude_of<Lanes>(logit);
+  if constexpr (kCommon) {
+    const Float linear = a * c.high;
+    const Pair<Float> sum = fast_two_sum(Lanes::max(linear, log1p), Lanes::min(linear, log1p));
+    return {sum.high, sum.low + log1p_low};
+  } else {
+    // A coefficient 0 wins over an infinite logit.
+    const Float bounded = Lanes::select(c.high == zero, zero, a);
+    const Float linear = bounded * c.high;
+    const Float linear_low = Lanes::fma(bounded, c.low, Lanes::fma(bounded, c.high, -linear));
+    const Pair<Float> sum = two_sum(linear, log1p * scale);
+    const Float low = sum.low + Lanes::fma(log1p_low, scale, linear_low);
+    // What the sum lost of an infinite loss is not a number.
+    return {sum.high, Lanes::select(sum.high < Lanes::set(F::kInfinity), low, zero)};
+  }
+}
+
+template <class Lanes, bool kCommon = false>
+BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
+                                                   typename Lanes::Float label,
+                                                   Exponential<Lanes> exponential) {
+  using Float = typename Lanes::Float;
+  const Float one = Lanes::set(1);
   const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
 
   // sigmoid(-|x|) = q = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) = 1 - q. As e / 2 <= q <= e,
@@ -209,52 +252,18 @@ BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
   const Float q_remainder = Lanes::fma(-q, e, e - q);
   const Float q_low = q_complement * Lanes::fma(e_low, q_complement, q_remainder);
 
-  // log1p(e) = 2 artanh(w) = 2 w + 2 w^3 P(w^2) with w = e / (2 + e) <= 1/3; 2 / (2 + e) = 1 - w.
-  const Float w = e / (Lanes::set(2) + e), log1p = w + w;
-  const Float w_complement = one - w;
-  const Float w_remainder = Lanes::fma(-w, e, e - log1p);
-  const Float tail = Format<typename Lanes::Scalar>::template artanh_tail<Lanes>(w * w);
-  const Float log1p_low = Lanes::fma(log1p * (w * w), tail,
-                                     w_complement * Lanes::fma(e_low, w_complement, w_remainder));
-
-  // c = x >= 0 ? 1 - y : y
-  const auto sign = sign_of<Lanes>(logit);
-  const auto negative = sign != Lanes::to_bits(zero);  // of -0 too, as the gradient's sign
-  const Pair<Float> complement = fast_two_sum(one, -label);
-  const Float c = Lanes::select(negative, label, complement.high);
-
-  Element<Lanes> element;
+  const Pair<Float> c = coefficient_of<Lanes>(logit, label);
+  Pair<Float> difference;
   if constexpr (kCommon) {
-    const Float linear = magnitude_of<Lanes>(logit) * c;
-    element.loss = fast_two_sum(Lanes::max(linear, log1p), Lanes::min(linear, log1p));
-    element.loss.low = element.loss.low + log1p_low;
-    element.gradient = fast_two_sum(c, -q);
-    element.gradient.low = element.gradient.low - q_low;
+    difference = fast_two_sum(c.high, -q);
+    difference.low = difference.low - q_low;
   } else {
-    const Float c_low = Lanes::select(negative, zero, complement.low);
-    // A coefficient 0 wins over an infinite logit.
-    const Float bounded = Lanes::select(c == zero, zero, magnitude_of<Lanes>(logit));
-    const Float linear = bounded * c;
-    const Float linear_low = Lanes::fma(bounded, c_low, Lanes::fma(bounded, c, -linear));
-    element.loss = two_sum(linear, log1p * scale);
-    const Float loss_low = element.loss.low + Lanes::fma(log1p_low, scale, linear_low);
-    // What the sum lost of an infinite loss is not a number.
-    const auto finite = element.loss.high < Lanes::set(Format<typename Lanes::Scalar>::kInfinity);
-    element.loss.low = Lanes::select(finite, loss_low, zero);
-    element.gradient = two_sum(c, -(q * scale));
-    element.gradient.low = element.gradient.low + Lanes::fma(-q_low, scale, c_low);
+    difference = two_sum(c.high, -(q * scale));
+    difference.low = difference.low + Lanes::fma(-q_low, scale, c.low);
   }
-  element.gradient.high = Lanes::from_bits(Lanes::to_bits(element.gradient.high) ^ sign);
-  element.gradient.low = Lanes::from_bits(Lanes::to_bits(element.gradient.low) ^ sign);
-  return element;
-}
-
-// The two steps in one. A CPU, whose window of instructions is smaller than this chain of dependent
-// ones, takes them one after the other over a tile.
-template <class Lanes>
-BCE_INLINE Element<Lanes> binary_cross_entropy(typename Lanes::Float logit,
-                                               typename Lanes::Float label) {
-  return binary_cross_entropy<Lanes>(logit, label, exp_of<Lanes>(logit));
+  const auto sign = sign_of<Lanes>(logit);
+  return {Lanes::from_bits(Lanes::to_bits(difference.high) ^ sign),
+          Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
 }
 
 }  // namespace jax_bce

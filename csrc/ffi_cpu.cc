@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "bce_cpu.h"
@@ -50,24 +51,24 @@ const CpuKernel* const kernel = choose_kernel();
 template <class F>
 void parallel_for(ffi::ThreadPool pool, int64_t count, const F& f) {
   struct State {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
-    int64_t done = 0;
   };
   const auto state = std::make_shared<State>();
   const F* body = &f;
   const auto work = [state, count, body] {
     int64_t mine = 0;
     for (int64_t i; (i = state->next.fetch_add(1)) < count; ++mine) (*body)(i);
-    if (mine == 0) return;
+    if (mine == 0 || (state->done += mine) < count) return;
     const std::lock_guard<std::mutex> lock(state->mutex);
-    state->done += mine;
-    if (state->done == count) state->all_done.notify_all();
+    state->all_done.notify_all();
   };
   const int64_t helpers = std::min(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
   work();
+  // A helper still at work will be done within a block: sooner than this thread would wake up.
+  for (int i = 0; i < 1000 && state->done < count; ++i) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == count; });
 }
@@ -130,7 +131,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
     }
   };
   // Handing work to another thread costs as much as a few blocks.
-  constexpr int64_t kSerialTasks = 4;
+  constexpr int64_t kSerialTasks = 2;
   if (tasks <= kSerialTasks) {
     for (int64_t task = 0; task < tasks; ++task) run_task(task);
   } else {

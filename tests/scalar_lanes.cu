@@ -32,9 +32,11 @@ template <class T, class Unsigned>
 BCE_INLINE void evaluate(const T* logits, const T* labels, T* loss, T* gradient, int64_t i) {
   using namespace jax_bce;
   using Lane = ScalarLane<T, Unsigned>;
-  const auto element = binary_cross_entropy<Lane>(logits[i], labels[i]);
-  loss[i] = fast_two_sum(element.loss.high, element.loss.low).high;
-  gradient[i] = fast_two_sum(element.gradient.high, element.gradient.low).high;
+  const auto exponential = exp_of<Lane>(logits[i]);
+  const Pair<T> l = loss_of<Lane>(logits[i], labels[i], exponential);
+  const Pair<T> g = gradient_of<Lane>(logits[i], labels[i], exponential);
+  loss[i] = fast_two_sum(l.high, l.low).high;
+  gradient[i] = fast_two_sum(g.high, g.low).high;
 }
 
 #ifdef __CUDACC__

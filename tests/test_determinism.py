@@ -70,6 +70,21 @@ def test_every_position(cpu: str, dtype: np.dtype) -> None:
     oracle.assert_same_bits(permuted, tuple(np.asarray(r)[order] for r in expected))
 
 
+@pytest.mark.parametrize("intruder", [(np.inf, 0.0), (np.nan, 1.0), (1.0, 0.3)], ids=str)
+def test_every_neighbour(cpu: str, dtype: np.dtype, intruder: tuple[float, float]) -> None:
+    """An element far out, or a soft label, changes the kernel's path for those around it."""
+    logits = oracle.walk(dtype, 51_200, 1e-7, 60.0)
+    logits = np.concatenate([logits, -logits])[:102_000]
+    labels = np.random.default_rng(3).integers(0, 2, logits.size).astype(dtype)
+    call = partial(jax_bce.loss_and_grad, reduction="none", implementation=cpu)
+    disturbed = [
+        np.insert(values, range(0, values.size, 100), np.asarray(value, dtype))
+        for values, value in zip((logits, labels), intruder, strict=True)
+    ]
+    results = [np.delete(np.asarray(r), np.s_[::101]) for r in call(*disturbed)]
+    oracle.assert_same_bits(results, call(logits, labels))
+
+
 @pytest.mark.parametrize("shape", [(64, 1001), (7, 40_003), (1000, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_batch_of_rows(cpu: str, dtype: np.dtype, shape: tuple[int, int]) -> None:
