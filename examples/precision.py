@@ -10,7 +10,7 @@ XLA go on to a = 87, where float32 turns subnormal; jax_bce to a = 103, where fl
 
 Every implementation gets float32; shown is the smaller of the two losses, and of the two gradients.
 
-Prints both as tables and saves a plot.
+Prints both as tables, then six elements far out and at infinity, and saves a plot.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -104,6 +105,31 @@ def table_of(title: str, margins: list[int], rows: dict[str, np.ndarray]) -> Tab
     return table
 
 
+# Where they differ: a logit, its label, and what is asked there.
+CASES = [
+    (-20.0, 0, "loss"),
+    (20.0, 1, "gradient"),
+    (-90.0, 0, "gradient"),
+    (30.0, 0, "loss"),
+    (np.inf, 1, "loss"),
+    (np.inf, 0, "gradient"),
+]
+
+
+def cases(found: dict[str, Elements]) -> Table:
+    table = Table(title="what, (logit, label)", box=box.MARKDOWN, padding=(0, 0))
+    for column in ("", "exact", *found):
+        table.add_column(column, justify="right", no_wrap=True)
+    for logit, label, asked in CASES:
+        sign = 1 - 2 * label
+        loss, gradient = np.logaddexp(0, sign * logit), sign / (1 + np.exp(-sign * logit))
+        x, y = np.array([logit], np.float32), np.array([label], np.float32)
+        values = [loss if asked == "loss" else gradient]
+        values += [of(x, y)[asked == "gradient"][0] for of in found.values()]
+        table.add_row(f"{asked} ({logit:g}, {label})", *(f"{value:.3g}" for value in values))
+    return table
+
+
 STYLES = {
     "exact": {"color": "#BBBBBB", "linewidth": 7, "solid_capstyle": "round"},
     "jax_bce": {"color": "#0072B2", "linewidth": 2},
@@ -145,13 +171,15 @@ def main() -> None:
     margins = np.arange(options.max + 1)
     e = np.exp(-margins.astype(np.float64))
     losses, gradients = {"exact": np.log1p(e)}, {"exact": e / (1 + e)}
-    for name, elements in contestants(console).items():
+    found = contestants(console)
+    for name, elements in found.items():
         losses[name], gradients[name] = measure(elements, margins)
 
     shown = [a for a in (0, 1, 5, 10, 15, 16, 17, 20, 40, 80, 90, 100) if a <= options.max]
     panels = {"loss": losses, "gradient": gradients}
     for title, rows in panels.items():
         console.print(table_of(f"{title} of a right answer", shown, rows))
+    console.print(cases(found))
     plot(margins, panels, options.plot)
     console.print(f"Plot: {options.plot}")
 

@@ -1,16 +1,17 @@
-"""The examples run as their docstrings say, and tell the story they promise."""
+"""The examples and the benchmark run as their docstrings say; the stories are as promised."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
 
 
 def run(script: str, *arguments: str, folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments],
+        [sys.executable, "-W", "error", str(ROOT / script), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -21,7 +22,7 @@ def run(script: str, *arguments: str, folder: Path) -> str:
 
 def test_train_digits(tmp_path: Path) -> None:
     """At the default settings: it takes seconds, and it is the first claim of the README."""
-    output = run("train_digits.py", folder=tmp_path)
+    output = run("examples/train_digits.py", folder=tmp_path)
     final = dict(re.findall(r"(naive|clipped|Keras 3 on JAX|jax_bce) (\d\.\d+)", output))
     assert set(final) == {"naive", "clipped", "Keras 3 on JAX", "jax_bce"}
     assert float(final.pop("jax_bce")) > 0.95
@@ -35,12 +36,12 @@ def test_train_digits_reads_an_npz(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
     np.savez(tmp_path / "mnist.npz", x_train=pixels, y_train=np.arange(60) % 10)
     small = ("--samples", "50", "--hidden", "16", "--steps", "2")
-    output = run("train_digits.py", "--data", "mnist.npz", *small, folder=tmp_path)
+    output = run("examples/train_digits.py", "--data", "mnist.npz", *small, folder=tmp_path)
     assert "50 digits, 2 steps" in output
 
 
 def test_precision(tmp_path: Path) -> None:
-    output = run("precision.py", "--max", "20", folder=tmp_path)
+    output = run("examples/precision.py", "--max", "20", folder=tmp_path)
     row = re.findall(r"│ 20 .*", output)[0]
     cells = [cell.strip() for cell in row.split("│")]
     exact, ours = cells[2], cells[3]
@@ -49,5 +50,19 @@ def test_precision(tmp_path: Path) -> None:
 
 
 def test_train_flax(tmp_path: Path) -> None:
-    output = run("train_flax.py", "--epochs", "3", folder=tmp_path)
+    output = run("examples/train_flax.py", "--epochs", "3", folder=tmp_path)
     assert float(re.search(r"unseen digits (\d\.\d+)", output)[1]) > 0.8
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    """Small, for its records: speed is no matter of a test."""
+    small = ("--sizes", "10", "--seconds", "0.1", "--output", "records.jsonl")
+    run("benchmarks/bench.py", *small, folder=tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert {record["case"] for record in records} == {"value, mean", "value_and_grad, mean"}
+    assert {"jax_bce", "optax", "jnp"} <= {record["contestant"] for record in records}
+    for record in records:
+        assert record["n"] == 1024
+        assert record["rounds"] >= 7
+        assert record["median_ns_per_element"] > 0
+        assert record["share_of_copy_bandwidth"] > 0
