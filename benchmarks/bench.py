@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py --sizes 10 18 25 --seconds 3
 
-Every round times every contestant once, in a rotating order, so that what else happens on the
-machine hits all of them alike; reported are medians. `memory` says where the results go: "fresh"
+Every round takes one sample of every contestant, in a rotating order, so that what else happens on
+the machine hits all of them alike; reported are medians. A sample is a loop of calls after one that
+is not timed: its operands are where a loop that calls it again and again has them. `memory` says where the results go: "fresh"
 is what a program gets by default, where the C library maps every block above 32 MiB anew and each
 first touch of a page is a fault; "warm" is a process that keeps its memory (MALLOC_MMAP_MAX_=0).
 
@@ -29,7 +30,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("value", "value_and_grad")
-SAMPLE_SECONDS = 2e-4  # a sample of a fast contestant is a loop of calls
+SAMPLE_SECONDS = 2e-3
 WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 Record = dict[str, object]
@@ -52,6 +53,7 @@ def measure(mode: str, n: int, seconds: float) -> dict[str, list[float]]:
     while len(times[names[-1]]) < 7 or time.perf_counter() < end:
         names.append(names.pop(0))
         for name in names:
+            found[name]()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 found[name]()
