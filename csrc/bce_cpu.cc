@@ -102,7 +102,7 @@ BCE_INLINE Vector<double>::Float load_wide(const float* from) {
 #elif defined(__AVX2__)
   return _mm256_cvtps_pd(_mm_loadu_ps(from));
 #else
-  return {from[0], from[1]};
+  return Vector<double>::Float{from[0], from[1]};
 #endif
 }
 

@@ -16,8 +16,8 @@ def report() -> dict[str, str]:
     cpu, cuda = missing("cpu"), missing("cuda")
     backend = jax.default_backend()
     used = {"cpu": cpu, "gpu": cuda}.get(backend, "no kernel for this platform")
-    # XLA sizes its pool by the cores this process may use.
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # XLA sizes its pool by NPROC, or by the cores this process may use.
+    threads = os.environ.get("NPROC") or len(os.sched_getaffinity(0))
     return {
         "jax_bce": version("jax-bce"),
         "python": platform.python_version(),

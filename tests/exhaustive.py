@@ -55,8 +55,11 @@ class Worst:
         )
 
     @property
-    def share(self) -> float:
-        return 1 - self.inexact / max(1, self.results)
+    def exact(self) -> str:
+        """How many results are the exact value rounded once: a share, or how many are not."""
+        if self.results >= 2**20:
+            return f"{1 - self.inexact / self.results:.5%}"
+        return f"all but {self.inexact}" if self.inexact else "all"
 
 
 def measure(
@@ -178,9 +181,10 @@ def main() -> int:
             labels[kind],
             quantity,
             f"{worst.results:,}",
-            f"{worst.ulp:.4f}" + ("" if worst.ulp <= allowed else f" > {allowed}"),
-            f"{worst.logit:.9g}, {worst.label:g}",
-            f"{worst.share:.5%}" + (f" ({worst.inexact} not)" if worst.results < 2**20 else ""),
+            (f"{worst.ulp:.4f}" if worst.inexact else "0.5")
+            + ("" if worst.ulp <= allowed else f" > {allowed}"),
+            f"{worst.logit:.9g}, {worst.label:g}" if worst.inexact else "",
+            worst.exact,
         )
     Console(width=140).print(table)
     return int(failed)

@@ -136,13 +136,14 @@ def test_calls_from_many_threads(cpu: str) -> None:
                 oracle.assert_same_bits(results, right)
 
 
-def run_with(threads: int, devices: int) -> dict:
+def run_with(threads: int, devices: int, instruction_set: str = "") -> dict:
     """The program's results in a process where XLA's pool has so many threads.
 
     XLA takes the number of processors from NPROC, and at least one thread for each device.
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"NPROC": str(threads), "XLA_FLAGS": flags}
+    environment["JAX_BCE_CPU"] = instruction_set
     # -P: the source folder holds no compiled modules. The limit: a deadlock is a failure.
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROGRAM],
@@ -152,6 +153,8 @@ def run_with(threads: int, devices: int) -> dict:
         timeout=120,
         check=False,
     )
+    if instruction_set and "names an instruction set it does not have" in done.stderr:
+        pytest.skip(f"this processor has no {instruction_set}")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -171,6 +174,12 @@ def test_every_thread_count(one_thread: dict, threads: int, devices: int) -> Non
     for expected, hashes in zip(one_thread["hashes"], several["hashes"], strict=True):
         assert set(hashes) == set(expected)
         assert len(hashes) == devices
+
+
+@pytest.mark.parametrize("instruction_set", ["x86-64-v3", "x86-64-v4", "aarch64"])
+def test_every_instruction_set(one_thread: dict, instruction_set: str) -> None:
+    """As many of them as this processor has."""
+    assert run_with(1, 1, instruction_set)["hashes"] == one_thread["hashes"]
 
 
 def _dynamic_range(size: int) -> np.ndarray:
