@@ -4,9 +4,11 @@
 
 Every round takes one sample of every contestant, in a rotating order, so that what else happens on
 the machine hits all of them alike; reported are medians. A sample is a loop of calls after one that
-is not timed: its operands are where a loop that calls it again and again has them. `memory` says where the results go: "fresh"
-is what a program gets by default, where the C library maps every block above 32 MiB anew and each
-first touch of a page is a fault; "warm" is a process that keeps its memory (MALLOC_MMAP_MAX_=0).
+is not timed: its operands are where a loop that calls it again and again has them.
+
+`memory` says where the results go: "fresh" is what a program gets by default, where the C library
+maps every block above 32 MiB anew and each first touch of a page is a fault; "warm" is a process
+that keeps its memory (MALLOC_MMAP_MAX_=0).
 
 A line of the output is a full record: see `record`.
 """
