@@ -9,7 +9,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "bce_math.h"
@@ -41,10 +40,10 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int kTile = 256;
-// The lanes of a block's sum: as many as the widest vector has, in every instruction set, so that
-// all of them add in the same order.
-constexpr int kSumLanes = 16;
+// What eight threads add up in the order of bce_problem.h, in so many lanes.
+constexpr int kTile = 256, kTileThreads = 8, kSumLanes = kTileThreads * kQuad;
+// Up to here, it is faster to evaluate several rows at once.
+constexpr int kShortRow = 96;
 
 template <class T, int kBytes = kVectorBytes>
 struct VectorOf {
@@ -61,6 +60,8 @@ struct Vector {
   static BCE_INLINE Float set(Scalar value) { return Float{} + value; }
   static BCE_INLINE Bits to_bits(Float value) { return reinterpret_cast<Bits>(value); }
   static BCE_INLINE Float from_bits(Bits bits) { return reinterpret_cast<Float>(bits); }
+
+  static BCE_INLINE Float divide(Float a, Float b) { return a / b; }
 
   template <class Mask>
   static BCE_INLINE Float select(Mask mask, Float yes, Float no) {
@@ -106,7 +107,7 @@ BCE_INLINE Vector<double>::Float load_wide(const float* from) {
 #endif
 }
 
-// XLA's threads flush subnormal numbers to zero; a block needs them.
+// XLA's threads flush subnormal numbers to zero; results may be such.
 class GradualUnderflow {
  public:
 #if defined(__x86_64__)
@@ -242,14 +243,12 @@ struct Stream {
   int64_t stride;  // 0 or 1
   int64_t start;
 
-  Stream(const Problem& problem, const Operand& operand, int64_t row, int64_t begin)
-      : operand(operand),
-        stride(operand.strides[problem.rank - 1]),
-        start(problem.row_start(operand, row) + begin * stride) {}
+  Stream(const Operand& operand, int rank, int64_t row_start, int64_t begin)
+      : operand(operand), stride(operand.strides[rank - 1]), start(row_start + begin * stride) {}
 
   // The next `size` elements in the arithmetic's type: in place if they lie there and fill a tile,
-  // else in the buffer, padded to whole vectors.
-  const Scalar* load(int64_t done, int size, Scalar padding, Scalar* buffer) const {
+  // else in the buffer, followed by zeros up to whole vectors.
+  const Scalar* load(int64_t done, int size, Scalar* buffer) const {
     return dispatch(operand.type, [&](auto* type) -> const Scalar* {
       using Stored = std::remove_pointer_t<decltype(type)>;
       const Stored* from = static_cast<const Stored*>(operand.data) + start + done * stride;
@@ -262,7 +261,7 @@ struct Stream {
         const Scalar value = convert<Scalar>(*from);
         for (int i = 0; i < size; ++i) buffer[i] = value;
       }
-      for (int i = size; i % kSumLanes; ++i) buffer[i] = padding;
+      for (int i = size; i % kSumLanes; ++i) buffer[i] = 0;
       return buffer;
     });
   }
@@ -294,44 +293,44 @@ struct Tile {
   int size;  // whole groups of kSumLanes; so a tail is padded
   const Scalar *logits, *labels;
   Scalar *loss, *gradient;
-  alignas(64) Scalar factors[kTile], loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
+  bool smoothed;
+  alignas(64) Scalar factors[kTile], smoothing[kTile];
+  alignas(64) Scalar loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
 };
 
-// A block's sum, in float64. What an element's loss.high lacks is small enough to be added up in
-// the arithmetic's type over a tile.
+// Folds 32 numbers by halves, and overwrites them.
+double fold(double* numbers) {
+  for (int half = kFold / 2; half > 0; half /= 2)
+    for (int t = 0; t < half; ++t) numbers[t] += numbers[t + half];
+  return numbers[0];
+}
+
+// Adds up the elements of eight threads, a tile, to their eight numbers.
 template <class Scalar>
-struct Sum {
+BCE_INLINE void sum_threads(const Tile<Scalar>& tile, double* threads) {
   using V = Vector<Scalar>;
   using Wide = Vector<double>;
-  typename Wide::Float lanes[kSumLanes / Wide::kLanes] = {};
-
-  BCE_INLINE void add(const Tile<Scalar>& tile) {
-    Sum sum = *this;
-    typename V::Float low[kSumLanes / V::kLanes] = {};
-    for (int i = 0; i < tile.size; i += kSumLanes) {
-      sum.add(tile.loss + i);
-      BCE_UNROLL
-      for (int v = 0; v < kSumLanes / V::kLanes; ++v)
-        low[v] += V::load(tile.loss_low + i + v * V::kLanes);
-    }
-    Scalar low_lanes[kSumLanes];
-    std::memcpy(low_lanes, low, sizeof low);
-    sum.add(low_lanes);
-    *this = sum;
-  }
-
-  BCE_INLINE void add(const Scalar* values) {
+  typename Wide::Float high[kSumLanes / Wide::kLanes] = {};
+  typename V::Float low[kSumLanes / V::kLanes] = {};
+  for (int i = 0; i < tile.size; i += kSumLanes) {
     BCE_UNROLL
     for (int v = 0; v < kSumLanes / Wide::kLanes; ++v)
-      lanes[v] += load_wide(values + v * Wide::kLanes);
+      high[v] += load_wide(tile.loss + i + v * Wide::kLanes);
+    BCE_UNROLL
+    for (int v = 0; v < kSumLanes / V::kLanes; ++v)
+      low[v] += V::load(tile.loss_low + i + v * V::kLanes);
   }
-
-  double total() const {
-    double total = 0;
-    for (int i = 0; i < kSumLanes; ++i) total += lanes[i / Wide::kLanes][i % Wide::kLanes];
-    return total;
+  Scalar low_lanes[kSumLanes];
+  std::memcpy(low_lanes, low, sizeof low);
+  double lanes[kSumLanes];
+  BCE_UNROLL
+  for (int v = 0; v < kSumLanes / Wide::kLanes; ++v)
+    Wide::store(lanes + v * Wide::kLanes, high[v] + load_wide(low_lanes + v * Wide::kLanes));
+  for (int t = 0; t < kTileThreads; ++t) {
+    const double* lane = lanes + t * kQuad;
+    threads[t] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
   }
-};
+}
 
 // Calls f with the index of every vector of the tile. In straight lines of several vectors, which
 // do not wait for each other, the compiler finds more to do at once.
@@ -362,7 +361,7 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
     soft |= V::to_bits(V::fma(label, label, -label));
   });
   const Bits limit = V::to_bits(V::set(Format<Scalar>::kCommon));
-  bool common = true;
+  bool common = !tile.smoothed;
   for (int i = 0; i < V::kLanes; ++i) common &= largest[i] <= limit[i] && soft[i] == 0;
   return common;
 }
@@ -376,6 +375,8 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
   for_each_vector<V>(tile.size, [&](int i) {
     const auto logit = V::load(logits + i), label = V::load(labels + i);
     const auto factor = V::load(tile.factors + i);
+    typename V::Float smoothing = {};
+    if constexpr (!kCommon) smoothing = V::load(tile.smoothing + i);
     const Exponential<V> exponential = {V::load(tile.e + i), V::load(tile.e_low + i),
                                         V::load(tile.e_scale + i)};
     const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type) {
@@ -386,7 +387,7 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       V::store(to + i, value.high * factor);
     };
     if constexpr (kLoss) {
-      const auto value = loss_of<V, kCommon>(logit, label, exponential);
+      const auto value = loss_of<V, kCommon>(logit, label, smoothing, exponential);
       if constexpr (kReduce) {
         V::store(loss + i, value.high);
         V::store(tile.loss_low + i, value.low);
@@ -395,67 +396,195 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       }
     }
     if constexpr (kGradient)
-      write(gradient, gradient_of<V, kCommon>(logit, label, exponential), gradient_type);
+      write(gradient, gradient_of<V, kCommon>(logit, label, smoothing, exponential), gradient_type);
   });
 }
+
+// Evaluates a stretch of elements that lie side by side in every operand, tile by tile.
+template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
+class Evaluation {
+ public:
+  Evaluation(const Problem& problem, int64_t row, int64_t begin)
+      : problem_(problem),
+        start_(problem.row_start(row)),
+        logits_stream_(problem.logits, problem.rank, start_.logits, begin),
+        labels_stream_(problem.labels, problem.rank, start_.labels, begin),
+        scale_stream_(problem.scale, problem.rank, start_.scale, begin),
+        smoothing_stream_(problem.smoothing, problem.rank, start_.smoothing, begin),
+        result_start_(row * problem.columns() + begin),
+        factors_vary_(scale_stream_.stride || smoothing_stream_.stride) {
+    if (!factors_vary_) load_factors(0, kTile);
+  }
+
+  // Elements [done, done + filled), at most a tile. Its losses, if they are to be added up, are in
+  // the tile that is returned, up to the next multiple of kSumLanes.
+  BCE_INLINE const Tile<Scalar>& evaluate(int64_t done, int filled) {
+    tile_.size = (filled + kSumLanes - 1) / kSumLanes * kSumLanes;
+    tile_.logits = logits_stream_.load(done, filled, logits_);
+    tile_.labels = labels_stream_.load(done, filled, labels_);
+    if (factors_vary_) load_factors(done, filled);
+    const int64_t offset = result_start_ + done;
+    tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
+    tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
+    const Type loss_type = problem_.loss.type, gradient_type = problem_.gradient.type;
+    if (exponentials<true>(tile_)) {
+      elements<true, kReduce, kLoss, kGradient>(tile_, loss_type, gradient_type);
+    } else {
+      exponentials<false>(tile_);
+      elements<false, kReduce, kLoss, kGradient>(tile_, loss_type, gradient_type);
+    }
+    if constexpr (kReduce)
+      for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
+    if constexpr (kLoss && !kReduce) store(problem_.loss, offset, filled, tile_.loss);
+    if constexpr (kGradient) store(problem_.gradient, offset, filled, tile_.gradient);
+    return tile_;
+  }
+
+ private:
+  void load_factors(int64_t done, int filled) {
+    const Scalar* scale = scale_stream_.load(done, filled, tile_.factors);
+    for (int i = 0; i < filled; ++i)
+      tile_.factors[i] = static_cast<double>(scale[i]) * problem_.inverse_count;
+    const Scalar* smoothing = smoothing_stream_.load(done, filled, tile_.smoothing);
+    if (smoothing != tile_.smoothing)
+      std::memcpy(tile_.smoothing, smoothing, sizeof(Scalar) * kTile);
+    // Unknown, or not zero: a smoothed label is not a hard one.
+    tile_.smoothed = smoothing_stream_.stride || smoothing[0] != 0;
+  }
+
+  const Problem& problem_;
+  const RowStart start_;
+  const Stream<Scalar> logits_stream_, labels_stream_, scale_stream_, smoothing_stream_;
+  const int64_t result_start_;
+  const bool factors_vary_;
+  Tile<Scalar> tile_;
+  alignas(64) Scalar logits_[kTile], labels_[kTile], loss_[kTile], gradient_[kTile];
+};
 
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
 double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
   const GradualUnderflow mode;
-  Tile<Scalar> tile;
-  alignas(64) Scalar logits[kTile], labels[kTile], loss[kTile], gradient[kTile];
-  const Stream<Scalar> logits_stream(problem, problem.logits, row, begin);
-  const Stream<Scalar> labels_stream(problem, problem.labels, row, begin);
-  const Stream<Scalar> scale_stream(problem, problem.scale, row, begin);
-  const int64_t result_start = row * problem.columns() + begin;
-  Sum<Scalar> sum;
+  Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem, row, begin);
+  double threads[kFold] = {}, sum = 0;
   for (int64_t done = 0; done < size; done += kTile) {
     const int filled = static_cast<int>(size - done < kTile ? size - done : kTile);
-    tile.size = (filled + kSumLanes - 1) / kSumLanes * kSumLanes;
-    // A padding element has logit -inf and label 0: its loss is exactly 0.
-    tile.logits =
-        logits_stream.load(done, filled, -std::numeric_limits<Scalar>::infinity(), logits);
-    tile.labels = labels_stream.load(done, filled, 0, labels);
-    if (done == 0 || scale_stream.stride) {
-      const Scalar* scale = scale_stream.load(done, filled, 0, tile.factors);
-      for (int i = 0; i < filled; ++i)
-        tile.factors[i] = static_cast<double>(scale[i]) / problem.count;
+    const Tile<Scalar>& tile = evaluation.evaluate(done, filled);
+    if constexpr (kReduce) {
+      sum_threads(tile, threads + done % kGroup / kTile * kTileThreads);
+      if ((done + kTile) % kGroup == 0 || done + kTile >= size) {
+        sum += fold(threads);
+        for (double& thread : threads) thread = 0;
+      }
     }
-    const int64_t offset = result_start + done;
-    tile.loss = kReduce ? loss : target(problem.loss, offset, filled, loss);
-    tile.gradient = target(problem.gradient, offset, filled, gradient);
-    if (exponentials<true>(tile)) {
-      elements<true, kReduce, kLoss, kGradient>(tile, problem.loss.type, problem.gradient.type);
-    } else {
-      exponentials<false>(tile);
-      elements<false, kReduce, kLoss, kGradient>(tile, problem.loss.type, problem.gradient.type);
-    }
-    if constexpr (kLoss && kReduce) sum.add(tile);
-    if constexpr (kLoss && !kReduce) store(problem.loss, offset, filled, tile.loss);
-    if constexpr (kGradient) store(problem.gradient, offset, filled, tile.gradient);
   }
-  return sum.total();
+  return sum;
 }
 
 template <class Scalar>
-double block_of(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  const bool loss = problem.loss.data, gradient = problem.gradient.data;
-  if (!loss) return block<Scalar, false, false, true>(problem, row, begin, size);
-  if (problem.reduce) {
-    return gradient ? block<Scalar, true, true, true>(problem, row, begin, size)
-                    : block<Scalar, true, true, false>(problem, row, begin, size);
-  }
-  return gradient ? block<Scalar, false, true, true>(problem, row, begin, size)
-                  : block<Scalar, false, true, false>(problem, row, begin, size);
+void finish(const Problem& problem, int64_t row, double sum) {
+  const double scale = static_cast<const Scalar*>(problem.scale.data)[problem.row_start(row).scale];
+  static_cast<Scalar*>(problem.loss.data)[row] = sum * scale * problem.inverse_count;
 }
 
-double block_of_any(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  const bool wide = problem.scale.type == Type::kF64;
-  return (wide ? block_of<double> : block_of<float>)(problem, row, begin, size);
+// The sum of a short row, at most a tile.
+template <class Scalar>
+double sum_row(const Scalar* high, const Scalar* low, int size) {
+  double threads[kTileThreads] = {};
+  for (int t = 0; t * kQuad < size && t < kTileThreads; ++t) {
+    double lane[kQuad] = {};
+    for (int c = 0; c < kQuad; ++c) {
+      Scalar sum_low = 0;
+      for (int i = t * kQuad + c; i < size; i += kSumLanes) {
+        lane[c] += high[i];
+        sum_low += low[i];
+      }
+      lane[c] += sum_low;
+    }
+    threads[t] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+  }
+  for (int half = kTileThreads / 2; half > 0; half /= 2)
+    for (int t = 0; t < half; ++t) threads[t] += threads[t + half];
+  return threads[0];
+}
+
+// Whether the rows lie side by side in every operand, so that a tile may hold several.
+bool side_by_side(const Problem& problem) {
+  const int64_t columns = problem.columns();
+  if (problem.rank != 2) return false;
+  const auto dense = [&](const Operand& operand) {
+    return operand.strides[0] == columns * operand.strides[1];
+  };
+  const auto constant = [](const Operand& operand) {
+    return operand.strides[0] == 0 && operand.strides[1] == 0;
+  };
+  return dense(problem.logits) && dense(problem.labels) && constant(problem.scale) &&
+         constant(problem.smoothing);
+}
+
+template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
+void rows(const Problem& problem, int64_t first, int64_t last) {
+  const GradualUnderflow mode;
+  const int columns = static_cast<int>(problem.columns());
+  if constexpr (kReduce) {
+    if (columns > 0 && columns <= kShortRow && side_by_side(problem)) {
+      Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem, first, 0);
+      const int rows_in_tile = kTile / columns;
+      for (int64_t row = first; row < last; row += rows_in_tile) {
+        const int filled = static_cast<int>(last - row < rows_in_tile ? last - row : rows_in_tile);
+        const Tile<Scalar>& tile = evaluation.evaluate((row - first) * columns, filled * columns);
+        for (int i = 0; i < filled; ++i)
+          finish<Scalar>(problem, row + i,
+                         sum_row(tile.loss + i * columns, tile.loss_low + i * columns, columns));
+      }
+      return;
+    }
+  }
+  for (int64_t row = first; row < last; ++row) {
+    const double sum = block<Scalar, kReduce, kLoss, kGradient>(problem, row, 0, columns);
+    if constexpr (kReduce) finish<Scalar>(problem, row, sum);
+  }
+}
+
+// Calls f with the arithmetic's type and the results as template arguments.
+template <class F>
+BCE_INLINE auto specialize(const Problem& problem, F f) {
+  const auto for_results = [&](auto* scalar) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (!problem.loss.data) return f(scalar, No(), No(), Yes());
+    if (problem.reduce)
+      return problem.gradient.data ? f(scalar, Yes(), Yes(), Yes()) : f(scalar, Yes(), Yes(), No());
+    return problem.gradient.data ? f(scalar, No(), Yes(), Yes()) : f(scalar, No(), Yes(), No());
+  };
+  return problem.scale.type == Type::kF64 ? for_results(static_cast<double*>(nullptr))
+                                          : for_results(static_cast<float*>(nullptr));
+}
+
+double any_block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
+  return specialize(problem, [&](auto* scalar, auto reduce, auto loss, auto gradient) {
+    return block<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient>(problem, row,
+                                                                                  begin, size);
+  });
+}
+
+void any_rows(const Problem& problem, int64_t first, int64_t last) {
+  specialize(problem, [&](auto* scalar, auto reduce, auto loss, auto gradient) {
+    rows<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient>(problem, first, last);
+  });
+}
+
+void finish_blocks(const Problem& problem, int64_t row, const double* sums, int64_t blocks) {
+  const GradualUnderflow mode;
+  double threads[kGroupsInBlock * kFold] = {}, sum = 0;
+  for (int64_t block = 0; block < blocks; ++block)
+    threads[block % (kGroupsInBlock * kFold)] += sums[block];
+  for (int i = 0; i < kGroupsInBlock; ++i) sum += fold(threads + i * kFold);
+  problem.scale.type == Type::kF64 ? finish<double>(problem, row, sum)
+                                   : finish<float>(problem, row, sum);
 }
 
 }  // namespace
 
-const CpuKernel BCE_KERNEL = {BCE_INSTRUCTION_SET, block_of_any};
+const CpuKernel BCE_KERNEL = {BCE_INSTRUCTION_SET, any_block, any_rows, finish_blocks};
 
 }  // namespace jax_bce

@@ -6,16 +6,16 @@
 
 namespace jax_bce {
 
-// A row is cut into blocks of this many elements, whatever the thread count and instruction set.
-// Inside a block the elements are added in one fixed order, and the blocks' sums in block order.
-constexpr int64_t kBlock = 8192;
-
+// The functions set the floating-point mode they need, gradual underflow, and restore the caller's.
 struct CpuKernel {
   const char* instruction_set;
   // Evaluates elements [begin, begin + size) of a row, size <= kBlock and begin a multiple of
-  // kBlock. Returns the sum of the element losses if problem.reduce. Sets the floating-point mode
-  // it needs (gradual underflow) and restores the caller's.
+  // kBlock. Returns the sum of the element losses if problem.reduce.
   double (*block)(const Problem& problem, int64_t row, int64_t begin, int64_t size);
+  // Evaluates rows [first, last), of one block each, and finishes them if problem.reduce.
+  void (*rows)(const Problem& problem, int64_t first, int64_t last);
+  // Writes the loss of a longer row from the sums of its blocks.
+  void (*finish)(const Problem& problem, int64_t row, const double* sums, int64_t blocks);
 };
 
 extern const CpuKernel kBaselineKernel;  // x86-64-v3, or plain aarch64

@@ -1,6 +1,7 @@
 // THE formulas, once, for every lane type: a host SIMD vector, a host scalar, a CUDA thread.
 //
-// One element of binary cross-entropy with logit x and label y,
+// One element of binary cross-entropy with logit x and label y, smoothed by s: y <- y (1 - s) + s /
+// 2,
 //     loss     = (1 - y) log(1 + exp(x)) + y log(1 + exp(-x))
 //     gradient = d loss / dx = (1 - y) sigmoid(x) - y sigmoid(-x),
 // comes from e = exp(-|x|) alone, without cancellation:
@@ -19,7 +20,7 @@
 // in every compiler: each lane type gives the same bits.
 //
 // A Lanes class names Scalar (float or double), Float (its lanes), Bits (unsigned, as wide), and
-// has set, fma, select, min (a < b ? a : b), max (a > b ? a : b), to_bits and from_bits.
+// has set, fma, divide, select, min and max (of numbers), to_bits and from_bits.
 #pragma once
 
 #ifdef __CUDACC__
@@ -160,8 +161,9 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
 // pairs are not rounded yet. A GPU takes them in one go; a CPU, whose window of instructions is
 // smaller than this chain of dependent ones, one after the other over a tile.
 //
-// kCommon promises a logit within Format::kCommon of 0 and a label of 0 or 1, as nearly all
-// training has: operations that would change nothing then are left out, and the bits are the same.
+// kCommon promises a logit within Format::kCommon of 0, a label of 0 or 1 and no smoothing, as
+// nearly all training has: operations that would change nothing then are left out, and the bits are
+// the same.
 template <class Lanes, bool kCommon = false>
 BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
@@ -170,12 +172,13 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
 
   // exp(-a) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
   Float a = magnitude_of<Lanes>(logit);
-  if constexpr (!kCommon) a = Lanes::min(Lanes::set(F::kUnderflow), a);
+  const Float underflow = Lanes::set(F::kUnderflow);
+  if constexpr (!kCommon) a = Lanes::select(a > underflow, underflow, a);
   const Float round = Lanes::set(F::kRound + F::kExponentBias);
   const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
   const Float exponent = biased - round;
   const Float r_high = Lanes::fma(exponent, Lanes::set(-F::kLn2High), -a);
-  // What r's rounding loses, an eighth of an ulp of e, is the one part that no pair carries.
+  // What r's rounding loses, up to a fifth of an ulp of e, is the one part that no pair carries.
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
   const Float s = Lanes::fma(r * r, F::template exp_tail<Lanes>(r), r);
   const auto power_of = [](Float biased) {
@@ -191,20 +194,33 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   return {e, Lanes::fma(s, power, power - e), scale};
 }
 
-// c = x >= 0 ? 1 - y : y. A logit of -0 counts as negative, for the sign of its gradient.
-template <class Lanes>
+// c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is rounded before the other is
+// formed. A logit of -0 counts as negative, for the sign of its gradient.
+template <class Lanes, bool kCommon>
 BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logit,
-                                                      typename Lanes::Float label) {
-  const typename Lanes::Float zero = Lanes::set(0);
+                                                      typename Lanes::Float label,
+                                                      typename Lanes::Float smoothing) {
+  using Float = typename Lanes::Float;
+  const Float zero = Lanes::set(0);
   const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(zero);
-  const Pair<typename Lanes::Float> complement = fast_two_sum(Lanes::set(1), -label);
-  return {Lanes::select(negative, label, complement.high),
-          Lanes::select(negative, zero, complement.low)};
+  const Pair<Float> complement = fast_two_sum(Lanes::set(1), -label);
+  const Float c = Lanes::select(negative, label, complement.high);
+  if constexpr (kCommon) return {c, zero};
+
+  // y (1 - s) + s / 2 = y + s (1/2 - y), and 1 - y likewise with the sign turned.
+  const Pair<Float> to_half = two_sum(Lanes::set(0.5), -label);
+  const Float step = Lanes::select(negative, smoothing, -smoothing);
+  const Float change = step * to_half.high;
+  const Float change_low = Lanes::fma(step, to_half.low, Lanes::fma(step, to_half.high, -change));
+  const Pair<Float> sum = two_sum(c, change);
+  const Float c_low = Lanes::select(negative, zero, complement.low);
+  return {sum.high, sum.low + (c_low + change_low)};
 }
 
 template <class Lanes, bool kCommon = false>
 BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
                                                typename Lanes::Float label,
+                                               typename Lanes::Float smoothing,
                                                Exponential<Lanes> exponential) {
   using Float = typename Lanes::Float;
   using F = Format<typename Lanes::Scalar>;
@@ -212,14 +228,14 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
   const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
 
   // log1p(e) = 2 artanh(w) = 2 w + 2 w^3 P(w^2) with w = e / (2 + e) <= 1/3; 2 / (2 + e) = 1 - w.
-  const Float w = e / (Lanes::set(2) + e), log1p = w + w;
+  const Float w = Lanes::divide(e, Lanes::set(2) + e), log1p = w + w;
   const Float w_complement = one - w;
   const Float w_remainder = Lanes::fma(-w, e, e - log1p);
   const Float tail = F::template artanh_tail<Lanes>(w * w);
   const Float log1p_low = Lanes::fma(log1p * (w * w), tail,
                                      w_complement * Lanes::fma(e_low, w_complement, w_remainder));
 
-  const Pair<Float> c = coefficient_of<Lanes>(logit, label);
+  const Pair<Float> c = coefficient_of<Lanes, kCommon>(logit, label, smoothing);
   const Float a = magnitude_of<Lanes>(logit);
   if constexpr (kCommon) {
     const Float linear = a * c.high;
@@ -233,13 +249,15 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
     const Pair<Float> sum = two_sum(linear, log1p * scale);
     const Float low = sum.low + Lanes::fma(log1p_low, scale, linear_low);
     // What the sum lost of an infinite loss is not a number.
-    return {sum.high, Lanes::select(sum.high < Lanes::set(F::kInfinity), low, zero)};
+    const auto finite = magnitude_of<Lanes>(sum.high) < Lanes::set(F::kInfinity);
+    return {sum.high, Lanes::select(finite, low, zero)};
   }
 }
 
 template <class Lanes, bool kCommon = false>
 BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
                                                    typename Lanes::Float label,
+                                                   typename Lanes::Float smoothing,
                                                    Exponential<Lanes> exponential) {
   using Float = typename Lanes::Float;
   const Float one = Lanes::set(1);
@@ -247,12 +265,12 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
 
   // sigmoid(-|x|) = q = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) = 1 - q. As e / 2 <= q <= e,
   // the difference e - q is exact, and so is what the division left over, e - q - q e.
-  const Float q = e / (one + e);
+  const Float q = Lanes::divide(e, one + e);
   const Float q_complement = one - q;
   const Float q_remainder = Lanes::fma(-q, e, e - q);
   const Float q_low = q_complement * Lanes::fma(e_low, q_complement, q_remainder);
 
-  const Pair<Float> c = coefficient_of<Lanes>(logit, label);
+  const Pair<Float> c = coefficient_of<Lanes, kCommon>(logit, label, smoothing);
   Pair<Float> difference;
   if constexpr (kCommon) {
     difference = fast_two_sum(c.high, -q);

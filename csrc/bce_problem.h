@@ -4,7 +4,22 @@
 
 #include <cstdint>
 
+#include "bce_math.h"
+
 namespace jax_bce {
+
+// The order of a row's sum: the same on every platform, so that all of them give the same bits.
+//     A group of 1024 elements is added up by 32 threads: thread t takes, for k = 0, ..., 7 and in
+//     this order, the four elements 256 (t / 8) + 32 k + 4 (t % 8) + c, c = 0, ..., 3, each c into
+//     a lane of its own; then its lanes as (0 + 2) + (1 + 3).
+//     Threads are folded by halves: t and t + 16, then t + 8, t + 4, t + 2, t + 1.
+//     A block is 8 groups, added in order.
+//     The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
+//     this order. Each 32 threads are folded by halves, and the 8 sums added in order.
+// All in float64. But of the pair that is an element's loss, the low parts of a lane are added in
+// the arithmetic's type first: they are small enough.
+constexpr int kQuad = 4, kFold = 32, kGroup = 1024, kGroupsInBlock = 8;
+constexpr int64_t kBlock = kGroupsInBlock * kGroup;
 
 enum class Type : uint8_t { kF16, kBF16, kF32, kF64, kBool, kI8, kU8, kI16, kI32, kI64 };
 
@@ -22,30 +37,42 @@ struct Result {
   Type type = Type::kF32;
 };
 
+// Where a row starts in each operand, in elements.
+struct RowStart {
+  int64_t logits, labels, scale, smoothing;
+};
+
 // loss = scale / count * (element, or the sum of a row of elements), gradient likewise.
 // The dimensions are as few as the operands' strides allow. The last one holds a row: contiguous
 // or broadcast in every operand, and summed into one loss if `reduce`.
-// scale has the type of the arithmetic: float64 for float64 logits, float32 otherwise.
+// scale and smoothing have the arithmetic's type: float64 for float64 logits, float32 otherwise.
+// smoothing draws a label to 1/2.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
-  Operand logits, labels, scale;
+  Operand logits, labels, scale, smoothing;
   Result loss, gradient;
   bool reduce;
-  int64_t count;
+  double inverse_count;
 
-  // Where a row of an operand starts, in elements.
-  int64_t row_start(const Operand& operand, int64_t row) const {
-    int64_t start = 0;
-    for (int d = rank - 2; d >= 0; --d) {
-      start += row % shape[d] * operand.strides[d];
+  BCE_INLINE RowStart row_start(int64_t row) const {
+    RowStart start = {0, 0, 0, 0};
+    const auto advance = [&](int dimension, int64_t steps) {
+      start.logits += steps * logits.strides[dimension];
+      start.labels += steps * labels.strides[dimension];
+      start.scale += steps * scale.strides[dimension];
+      start.smoothing += steps * smoothing.strides[dimension];
+    };
+    for (int d = rank - 2; d > 0; --d) {
+      advance(d, row % shape[d]);
       row /= shape[d];
     }
+    if (rank > 1) advance(0, row);
     return start;
   }
 
-  int64_t columns() const { return shape[rank - 1]; }
-  int64_t rows() const {
+  BCE_INLINE int64_t columns() const { return shape[rank - 1]; }
+  BCE_INLINE int64_t rows() const {
     int64_t rows = 1;
     for (int i = 0; i < rank - 1; ++i) rows *= shape[i];
     return rows;

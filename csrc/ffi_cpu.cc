@@ -1,7 +1,5 @@
 // The handlers for platform "cpu": a call becomes tasks on XLA's own thread pool. And the Python
 // module _cpu, which offers them for registration.
-#include <pybind11/pybind11.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -88,46 +86,30 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 
 template <bool kLoss, bool kGradient>
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
-               ffi::AnyBuffer scale, ffi::RemainingRets results, int64_t reduced_rank,
-               int64_t count) {
+               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingRets results,
+               int64_t reduced_rank, int64_t count) {
   Problem problem;
-  if (ffi::Error error =
-          describe(logits, labels, scale, results, kLoss, kGradient, reduced_rank, count, &problem);
+  if (ffi::Error error = describe({logits, labels, scale, smoothing}, results, kLoss, kGradient,
+                                  reduced_rank, count, &problem);
       error.failure())
     return error;
+  if (results.size() != size_t{kLoss} + size_t{kGradient}) return invalid("a result too many");
   for (size_t i = 0; i < results.size(); ++i)
     if (auto result = results.get<ffi::AnyBuffer>(i); result.has_value())
       prefer_huge_pages((*result)->untyped_data(), (*result)->size_bytes());
   const int64_t rows = problem.rows(), columns = problem.columns();
   const int64_t blocks = std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
-  std::vector<double> sums(problem.reduce && blocks > 1 ? rows * blocks : 0);
-  const auto finish = [&](int64_t row, double sum) {
-    const int64_t scale = problem.row_start(problem.scale, row);
-    const auto write = [&](auto* loss, const auto* scales) {
-      loss[row] = sum * scales[scale] / problem.count;
-    };
-    if (problem.loss.type == Type::kF64)
-      write(static_cast<double*>(problem.loss.data),
-            static_cast<const double*>(problem.scale.data));
-    else
-      write(static_cast<float*>(problem.loss.data), static_cast<const float*>(problem.scale.data));
-  };
-
+  std::vector<double> sums(blocks > 1 ? rows * blocks : 0);
   // A task is one block of a long row, or as many short rows as make up about a block.
   const int64_t rows_in_task = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, columns));
   const int64_t tasks = blocks > 1 ? rows * blocks : (rows + rows_in_task - 1) / rows_in_task;
   const auto run_task = [&](int64_t task) {
     if (blocks > 1) {
       const int64_t begin = task % blocks * kBlock;
-      const double sum =
-          kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
-      if (problem.reduce) sums[task] = sum;
-      return;
-    }
-    const int64_t end = std::min(rows, (task + 1) * rows_in_task);
-    for (int64_t row = task * rows_in_task; row < end; ++row) {
-      const double sum = kernel->block(problem, row, 0, columns);
-      if (problem.reduce) finish(row, sum);
+      sums[task] = kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
+    } else {
+      const int64_t first = task * rows_in_task;
+      kernel->rows(problem, first, std::min(rows, first + rows_in_task));
     }
   };
   // Handing work to another thread costs as much as a few blocks.
@@ -137,12 +119,9 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
   } else {
     parallel_for(pool, tasks, run_task);
   }
-  if (!sums.empty()) {
-    for (int64_t row = 0; row < rows; ++row) {
-      double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += sums[row * blocks + block];
-      finish(row, sum);
-    }
+  if (blocks > 1 && problem.reduce) {
+    for (int64_t row = 0; row < rows; ++row)
+      kernel->finish(problem, row, &sums[row * blocks], blocks);
   }
   return ffi::Error::Success();
 }
@@ -151,25 +130,11 @@ XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<ffi::ThreadPool>()
 XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<ffi::ThreadPool>());
 
-namespace py = pybind11;
-
-py::dict registrations() {
-  py::dict targets;
-  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
-    targets[name] = py::capsule(reinterpret_cast<void*>(handler));
-  };
-  add("jax_bce_v1_loss", BceLoss);
-  add("jax_bce_v1_loss_and_grad", BceLossAndGrad);
-  add("jax_bce_v1_grad", BceGrad);
-  return targets;
-}
-
 }  // namespace
 }  // namespace jax_bce
 
 PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
-  module.def("registrations", &jax_bce::registrations);
-  module.def("instruction_set",
-             [] { return jax_bce::kernel ? jax_bce::kernel->instruction_set : ""; });
-  module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  using namespace jax_bce;
+  define_module(module, BceLoss, BceLossAndGrad, BceGrad);
+  module.def("instruction_set", [] { return kernel ? kernel->instruction_set : ""; });
 }

@@ -1,4 +1,4 @@
-"""Four binary cross-entropies, one experiment: which of them trains?
+"""Five binary cross-entropies, one experiment: which of them trains?
 
     python examples/train_digits.py                     # the handwritten digits of scikit-learn
     python examples/train_digits.py --data mnist.npz    # Keras's file of the real MNIST
@@ -6,8 +6,8 @@
 1,000 digits with raw pixels (0 to 255), the question "is it 5 or more?", a network of one hidden
 layer, full-batch SGD, the same initial weights. Raw pixels make the first logits large, and their
 probabilities round to 0 or 1 in float32. There the logarithm of a probability is infinite, a
-clipped one has no gradient, and training stops before it starts. The loss on logits trains: an
-accuracy near 0.96, where the other three stay near 0.50.
+clipped one has no gradient, and training stops before it starts. A loss on logits trains, optax's
+and this one: an accuracy near 0.97, where the three on probabilities stay near 0.50.
 
 Prints accuracy and loss by step and saves a plot.
 """
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -42,6 +43,7 @@ COLORS = {
     "clipped": "#E69F00",
     "Keras 3 on JAX": "#CC79A7",
     "jax_bce": "#0072B2",
+    "optax on logits": "#000000",
 }
 
 
@@ -88,6 +90,10 @@ def naive(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def clipped(logits: jax.Array, labels: jax.Array) -> jax.Array:
     p = jnp.clip(jax.nn.sigmoid(logits), 1e-7, 1 - 1e-7)
     return -jnp.mean(labels * jnp.log(p) + (1 - labels) * jnp.log(1 - p))
+
+
+def optax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels))
 
 
 @jax.jit
@@ -166,8 +172,9 @@ def table_of(curves: dict[str, Curve]) -> Table:
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    # Two of the curves lie on each other: the later one is thinner, and broken.
-    styles = dict(zip(COLORS, [("-", 2.0), ("-", 5.0), ("--", 2.0), ("-", 3.0)], strict=True))
+    # Curves lie on each other: the later ones are thinner, and broken.
+    lines = [("-", 8.0), ("-", 5.0), ("--", 2.0), ("-", 5.0), (":", 2.0)]
+    styles = dict(zip(COLORS, lines, strict=True))
     for name, curve in curves.items():
         line, width = styles[name]
         style = {"color": COLORS[name], "label": name, "linestyle": line, "linewidth": width}
@@ -210,6 +217,7 @@ def main() -> None:
     else:
         console.print("Keras is not installed, so it is left out: pip install 'jax-bce[examples]'")
     losses["jax_bce"] = jax_bce.loss
+    losses["optax on logits"] = optax_loss
 
     curves: dict[str, Curve] = {}
     with Progress(console=console, transient=True) as progress:

@@ -139,11 +139,13 @@ def exact(logits: ArrayLike, labels: ArrayLike, label_smoothing: float = 0.0) ->
     x, y = np.broadcast_arrays(np.asarray(logits), np.asarray(labels))
     with np.errstate(all="ignore"):
         x, y = (np.asarray(wide(v.astype(np.float64))) for v in (x, y))
-        y = y * (1 - label_smoothing) + label_smoothing / 2
+        # y (1 - s) + s / 2, and of its complement 1 - y as many digits.
+        smoothed, complement = (v * (1 - label_smoothing) + label_smoothing / 2 for v in (y, 1 - y))
         positive, magnitude = x >= 0, abs(x)
         e = np.asarray(exp(-magnitude))
         log_part = np.asarray(log1p(e))
-        near, far = np.where(positive, 1 - y, y), np.where(positive, y, 1 - y)
+        near = np.where(positive, complement, smoothed)
+        far = np.where(positive, smoothed, complement)
         finite = np.where(near == 0, 0, magnitude)  # the coefficient 0 wins over infinity
         small = e / (1 + e)  # sigmoid(-|x|), so that sigmoid(|x|) = 1 / (1 + e)
         hessian = small / (1 + e)

@@ -119,9 +119,46 @@ def test_one_label_for_all(check, implementation: str, dtype: np.dtype, shape, a
         check_call(check, implementation, logits, label, reductions, axis)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 31, 32, 33, 64, 95, 96, 97, 257, 1025])
+def test_short_rows_add_up_like_long_ones(cpu: str, width: int) -> None:
+    """Several of them in a tile, or each on its own: the same bits."""
+    logits, labels = inputs((77, width), FLOAT32, np.uint8)
+    together = jax_bce.loss_and_grad(logits, labels, axis=-1, implementation=cpu)
+    alone = [
+        jax_bce.loss_and_grad(*row, implementation=cpu) for row in zip(logits, labels, strict=True)
+    ]
+    oracle.assert_same_bits(together[0], np.array([loss for loss, _ in alone]))
+    oracle.assert_same_bits(together[1], np.array([gradient for _, gradient in alone]))
+
+
+def test_every_rank(implementation: str) -> None:
+    """Also more dimensions than the kernel counts: those that are read alike are one to it."""
+    loss = jax_bce.loss(jnp.zeros((1,) * 20), 0, implementation=implementation)
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+    function = partial(jax_bce.loss, implementation=implementation)
+    for _ in range(20):
+        function = jax.vmap(function)
+    losses = function(jnp.zeros((1,) * 19 + (2, 3)), jnp.zeros((1,) * 19 + (2, 3)))
+    assert losses.shape == (1,) * 19 + (2,)
+
+
+def test_more_than_2_to_the_31_elements(implementation: str) -> None:
+    """Compiled, not run: no count overflows a type."""
+    many = jax.ShapeDtypeStruct((2**16, 2**16), FLOAT32)
+
+    def loss(x, y):
+        return jax_bce.loss(x, y, implementation=implementation)
+
+    def curvature(x, y):
+        return jax.jvp(lambda x: jax.grad(loss)(x, y), (x,), (x,))
+
+    for function in (loss, jax.grad(loss, argnums=(0, 1)), curvature):
+        assert jax.jit(function).lower(many, many)
+
+
 @pytest.mark.parametrize(
     ("label_dtype", "value"),
-    [("int8", -3), ("int8", 2), ("uint8", 2), ("uint8", 255), ("int16", -3), ("int32", 255)],
+    [("int8", -3), ("int8", 2), ("uint8", 2), ("uint8", 255), ("int16", -3), ("int32", -70_000)],
 )
 def test_integers_are_taken_at_their_value(
     check, implementation: str, label_dtype: str, value: int
@@ -246,3 +283,15 @@ def test_array_likes(check, implementation: str, kind: str) -> None:
     assert loss.dtype == FLOAT32
     exact = oracle.exact(np.array(logits, FLOAT32), np.array(labels)).loss.mean()
     check.reduced(implementation, loss, exact)
+
+
+@pytest.mark.parametrize("value", [-3, 2, 2**40])
+def test_int64_labels(check, implementation: str, value: int) -> None:
+    with jax.enable_x64(True):
+        logits = oracle.walk(FLOAT32, 256, low=2**-10, high=80.0)
+        labels = np.full(logits.shape, value, np.int64)
+        loss = jax_bce.loss(logits, labels, reduction="none", implementation=implementation)
+    exact = oracle.exact(logits, labels)
+    check.ulps(
+        "loss, label beyond 1", loss, exact.loss, oracle.LABEL_BEYOND_1, scale=exact.loss_scale
+    )

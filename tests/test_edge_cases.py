@@ -226,3 +226,26 @@ def test_rank_0(check, implementation: str, dtype: np.dtype, reduction: str, jit
     loss, gradient = (jax.jit(loss_and_grad) if jit else loss_and_grad)(logits, labels)
     assert loss.shape == gradient.shape == ()
     check.elements(implementation, logits, labels, loss=loss, gradient=gradient)
+
+
+@pytest.mark.parametrize("size", [1, 10, 70_000])
+@pytest.mark.parametrize(
+    ("logit", "dtype"), [(-90.0, FLOAT32), (-90.0, BFLOAT16), (-720.0, FLOAT64)]
+)
+def test_a_subnormal_sum_is_not_lost(check, cpu: str, size: int, logit: float, dtype) -> None:
+    """XLA's threads flush; neither an element nor the sum of many is flushed."""
+    with jax.enable_x64(dtype == FLOAT64):
+        logits = np.full(size, logit, dtype)
+        for reduction in ("mean", "sum"):
+            loss = jax_bce.loss(logits, 0, reduction=reduction, implementation=cpu)
+            exact = float(np.exp(np.float64(logit))) * (size if reduction == "sum" else 1)
+            np.testing.assert_allclose(np.float64(loss), exact, rtol=1e-5 if logit == -90 else 1e-9)
+
+
+@pytest.mark.parametrize(("logit", "label"), [(INF, 2), (-INF, -1), (3e38, 3)])
+def test_a_loss_of_minus_infinity(implementation: str, logit: float, label: int) -> None:
+    """A label beyond 1 is taken at its value, and so is the limit."""
+    loss = jax_bce.loss(
+        np.float32([logit]), np.int32([label]), reduction="none", implementation=implementation
+    )
+    assert loss[0] == -INF

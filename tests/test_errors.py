@@ -4,7 +4,9 @@ Under jit as well as outside, from both public functions.
 """
 
 import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import jax_bce
+from jax_bce import _arguments
 
 LOGITS, LABELS = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.int32)
 
@@ -72,6 +75,38 @@ def test_shapes_that_differ_by_ones_are_told_to_reshape(function: Callable) -> N
         function(np.zeros((5, 1), np.float32), np.zeros(5, np.float32))
 
 
+@pytest.mark.parametrize(
+    ("logits_shape", "labels", "mend"),
+    [
+        ((5, 1), np.zeros(5), "labels.reshape"),
+        ((5, 3), np.zeros(5, np.int32), "one_hot(labels, 3)"),
+        ((5, 3), np.zeros(3), "jnp.broadcast_to(labels, logits.shape)"),
+        ((5,), np.zeros((5, 3)), "one label for each logit"),
+        ((3,), np.zeros(4), "one label for each logit"),
+    ],
+    ids=str,
+)
+def test_shapes_name_a_mend_that_works(function: Callable, logits_shape, labels, mend) -> None:
+    with pytest.raises(ValueError, match=re.escape(mend)):
+        function(np.zeros(logits_shape, np.float32), labels)
+
+
+@pytest.mark.parametrize(("dtype", "mend"), [("uint16", "int32"), ("complex64", "float32")])
+def test_labels_name_a_mend_that_loses_nothing(function: Callable, dtype: str, mend: str) -> None:
+    with pytest.raises(TypeError, match=rf"labels.astype\(jnp.{mend}\)"):
+        function(LOGITS, LABELS.astype(dtype))
+    with pytest.raises(TypeError, match=r"labels.astype\(jnp.float32\)"):
+        function(LOGITS, jnp.asarray(LABELS, jnp.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("value", [None, ["cat"], np.array(["cat"]), {"a": 1}], ids=str)
+def test_no_numbers(function: Callable, value: object) -> None:
+    with pytest.raises(TypeError, match="labels must be an array of numbers"):
+        function(LOGITS, value)
+    with pytest.raises(TypeError, match="logits must be an array of numbers"):
+        function(value, LABELS)
+
+
 @pytest.mark.parametrize("name", ["reduction", "implementation"])
 @pytest.mark.parametrize("value", ["average", "", 1])
 def test_unknown_option(call: Callable, name: str, value: object) -> None:
@@ -121,32 +156,84 @@ def test_label_smoothing_outside_0_to_1(call: Callable, smoothing: float) -> Non
     assert str(smoothing) in str(error.value)
 
 
-@pytest.mark.parametrize("smoothing", [np.float32(1.5), np.float64(-0.25), np.array(7.0)])
+@pytest.mark.parametrize(
+    "smoothing", [np.float32(1.5), np.float64(-0.25), np.array(7.0), None, "0.1", [0.1]], ids=str
+)
 def test_label_smoothing_from_numpy(function: Callable, smoothing: np.ndarray) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         function(LOGITS, LABELS, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float17", 3])
 def test_dtype_of_the_result(function: Callable, dtype: str) -> None:
     with pytest.raises(TypeError, match=rf"dtype.*{dtype}"):
         function(LOGITS, LABELS, dtype=dtype)
 
 
-def test_missing_cuda_kernel(call: Callable) -> None:
+def test_missing_kernel(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason and the remedy; never a silent fall-back from what was asked for."""
-    try:
-        from jax_bce import _primitive
+    monkeypatch.setattr(_arguments, "missing", lambda platform: f"no {platform}: build it")
+    for platform in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match="is not available") as error:
+            call(LOGITS, LABELS, implementation=platform)
+        assert f"implementation='{platform}'" in str(error.value)
+        assert f"no {platform}: build it" in str(error.value)
 
-        missing = _primitive.missing("cuda")
-    except (ImportError, AttributeError):
-        missing = "the package cannot say"
-    if missing is None:
-        pytest.skip("there is a CUDA kernel")
-    with pytest.raises(RuntimeError, match="implementation='cuda'") as error:
-        call(LOGITS, LABELS, implementation="cuda")
-    assert missing in str(error.value)
-    assert "implementation=None" in str(error.value)
+
+@pytest.mark.parametrize(("wanted", "platform"), [("cpu", "tpu"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_kernel_of_another_platform(
+    function: Callable, monkeypatch: pytest.MonkeyPatch, wanted: str, platform: str
+) -> None:
+    monkeypatch.setattr(_arguments, "missing", lambda platform: None)
+    traced = jax.jit(partial(function, implementation=wanted)).trace(LOGITS, LABELS)
+    with pytest.raises(RuntimeError, match=f"implementation='{wanted}'.* use implementation=None"):
+        traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": np.zeros((2, 3), np.int32)}, "floating-point"),
+        ({"labels": np.zeros((2, 3), np.complex64)}, "labels have an unsupported dtype"),
+        ({"labels": np.zeros(3, np.float32)}, "labels and logits differ in rank"),
+        ({"labels": np.zeros((2, 4), np.float32)}, "labels cannot be broadcast in dimension 1"),
+        ({"scale": np.ones((1, 1), np.float16)}, "scale must be float64 for float64 logits"),
+        ({"smoothing": np.ones((1, 1), np.int32)}, "smoothing must be float64 for float64 logits"),
+        ({"scale": np.ones((1, 3), np.float32)}, "scale must not vary"),
+        ({"labels": np.zeros((1, 3), np.float32), "reduced_rank": 2}, "broadcast in some of the"),
+        ({"reduced_rank": 3}, "reduced_rank 3"),
+        ({"reduced_rank": -1}, "reduced_rank -1"),
+        ({"count": 0}, "count must be positive"),
+        ({"results": [((3,), np.float32)]}, "3 elements instead of 2"),
+        ({"results": [((2,), np.float16)]}, "a result has an unsupported dtype"),
+        ({"results": [((2,), np.int32)]}, "a result has an unsupported dtype"),
+        ({"results": []}, "a result is missing"),
+        ({"results": [((2,), np.float32)] * 2}, "a result too many"),
+    ],
+    ids=str,
+)
+def test_the_handler_checks_again(cpu: str, change: dict, message: str) -> None:
+    """A call from elsewhere reads and writes nothing beyond its buffers."""
+    call = {
+        "logits": np.zeros((2, 3), np.float32),
+        "labels": np.zeros((2, 3), np.float32),
+        "scale": np.ones((1, 1), np.float32),
+        "smoothing": np.zeros((1, 1), np.float32),
+        "results": [((2,), np.float32)],
+        "reduced_rank": 1,
+        "count": 3,
+    }
+
+    def loss(call: dict):
+        results = [jax.ShapeDtypeStruct(*result) for result in call["results"]]
+        target = jax.ffi.ffi_call("jax_bce_v1_loss", results, has_side_effect=True)
+        operands = [call[name] for name in ("logits", "labels", "scale", "smoothing")]
+        attributes = {name: np.int64(call[name]) for name in ("reduced_rank", "count")}
+        return jax.block_until_ready(target(*operands, **attributes))
+
+    np.testing.assert_allclose(loss(call)[0], np.log(2), rtol=1e-6)
+    with pytest.raises(Exception, match=f"jax_bce: .*{message}"):
+        loss(call | change)
 
 
 @pytest.mark.parametrize("positional", [("mean",), ("mean", None), (None, None, "mean")], ids=len)

@@ -124,6 +124,16 @@ def test_loss_and_grad(cpu: str, dtype: np.dtype, reduction: str) -> None:
     assert_calls(compile_for(function, dtype=dtype))
 
 
+def test_label_smoothing(loss: Callable) -> None:
+    """Labels are read as stored and smoothed on the way."""
+
+    def smoothed(x, y):
+        return loss(x, y, label_smoothing=0.1)
+
+    assert_calls(compile_for(jax.value_and_grad(smoothed), label_dtype=np.uint8))
+    assert_calls(compile_for(smoothed, label_dtype=np.uint8))
+
+
 def test_gradient_alone(loss: Callable) -> None:
     assert_calls(compile_for(jax.grad(loss)))
 

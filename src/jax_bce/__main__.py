@@ -7,7 +7,21 @@ from importlib.metadata import version
 import jax
 
 from jax_bce import _cpu
-from jax_bce._primitive import ffi_version_of_jaxlib, missing
+from jax_bce._primitive import _cuda, ffi_version_of_jaxlib, missing
+
+
+def _cuda_state(backend: str) -> str:
+    if reason := missing("cuda"):
+        return f"not usable: {reason}"
+    built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {_cuda.architectures}"
+    if backend == "gpu":
+        return f"loaded, {built}"
+    mend = (
+        "to use a GPU of this machine, pip install 'jax[cuda13]'"
+        if _cuda.driver_version()
+        else "there is no NVIDIA driver"
+    )
+    return f"not in use, {built}: JAX has no GPU here ({mend})"
 
 
 def report() -> dict[str, str]:
@@ -25,7 +39,7 @@ def report() -> dict[str, str]:
         "XLA FFI": f"{running[0]}.{running[1]}, kernels built for {built[0]}.{built[1]}",
         "cpu kernel": f"not usable: {cpu}" if cpu else f"loaded, {_cpu.instruction_set()}",
         "cpu threads": str(threads),
-        "cuda kernel": f"not usable: {cuda}" if cuda else "loaded",
+        "cuda kernel": _cuda_state(backend),
         "default platform": backend,
         "implementation=None": "xla" if used else f"the {backend} kernel",
     }

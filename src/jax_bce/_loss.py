@@ -35,19 +35,22 @@ def loss(
       logits: float16, bfloat16, float32 or float64, any shape.
       labels: probabilities of the positive class, of the logits' shape or a scalar: any of the
         logits' dtypes (not necessarily the same), bool, int8, uint8, int16, int32 or int64. Read as
-        stored; integers other than 0 and 1 are taken at their value.
+        stored; integers other than 0 and 1 are taken at their value: labels of -1 and 1, or of 0
+        and 255, are not what you want.
       reduction: "mean", "sum" or "none". Sums are accumulated beyond float32. Without any element,
         the loss is 0.
       axis: the axes to reduce; None reduces all. Trailing axes are read in place, others are
         transposed first.
-      label_smoothing: s in [0, 1]; a label y becomes y (1 - s) + s / 2.
+      label_smoothing: s in [0, 1], which is checked unless it is traced; a label y becomes
+        y (1 - s) + s / 2, and neither that nor its complement is rounded before it is used.
       dtype: of the result. None: float32 (float64 for float64 logits) for a reduced loss, the
         logits' dtype for reduction="none".
       residuals: what is kept for the backward pass. "gradient": the gradient, computed together
         with the loss in one pass over memory. "recompute": nothing but logits and labels
-        themselves; the backward pass reads them again. Reverse mode only, and only once.
-      implementation: None, the fastest that the platform has; "cpu", the SIMD kernel; "xla", plain
-        JAX; "cuda".
+        themselves; the backward pass reads them again, which allows reverse mode only, and once.
+      implementation: None, the fastest that the platform has; "cpu", the SIMD kernel; "cuda", the
+        GPU kernel; "xla", plain JAX, which also suits ``jax.export`` and sharded operands. Like
+        reduction, axis, dtype and residuals, it is static under jit.
 
     Returns:
       The loss, of the logits' shape without the reduced axes.

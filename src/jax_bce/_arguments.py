@@ -23,7 +23,7 @@ _IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
 class Call(NamedTuple):
     """A validated call: the primitive's operands and parameters, with the summed axes last."""
 
-    operands: tuple[Array, Array, Array]
+    operands: tuple[Array, Array, Array, Array]
     params: dict[str, Any]
     axes: tuple[int, ...]
     result_dtype: np.dtype
@@ -43,16 +43,35 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    if dtype is not None and jnp.dtype(dtype).name not in _LOGITS:
-        raise TypeError(f"dtype must be one of {list(_LOGITS)}, got {jnp.dtype(dtype).name}.")
-    return None if dtype is None else jnp.dtype(dtype)
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in _LOGITS:
+        raise TypeError(f"dtype must be one of {list(_LOGITS)}, got {dtype!r}.")
+    return found
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array of numbers, got {type(value).__name__}: {error}"
+        ) from error
 
 
 def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes to sum as non-negative numbers in ascending order."""
     if axis is None:
         return tuple(range(len(shape)))
-    given = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
+    many = isinstance(axis, Sequence) and not isinstance(axis, str)
+    try:
+        given = tuple(operator.index(a) for a in (axis if many else (axis,)))  # type: ignore
+    except TypeError:
+        raise TypeError(f"axis must be an int or a sequence of ints, got {axis!r}.") from None
     outside = [a for a in given if not -len(shape) <= a < len(shape)]
     if outside:
         raise ValueError(f"axis {outside[0]} is out of range for logits of shape {shape}.")
@@ -62,15 +81,28 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
     return tuple(axes)
 
 
-def _smoothed(labels: Array, smoothing: ArrayLike, wide: np.dtype) -> Array:
-    """y (1 - s) + s / 2; the labels themselves, as stored, where s is known to be 0."""
-    known = None if isinstance(smoothing, jax.core.Tracer) else np.asarray(smoothing)
-    if jnp.ndim(smoothing) or (known is not None and not 0 <= known <= 1):
-        raise ValueError(f"label_smoothing must be one number from 0 to 1, got {smoothing}.")
-    if known == 0:
-        return labels
-    share = jnp.asarray(smoothing, wide)
-    return labels.astype(wide) * (1 - share) + share / 2
+def _smoothing(value: ArrayLike, rank: int, wide: np.dtype) -> Array:
+    """The share s, which is checked unless it is traced."""
+    known = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    fits = known is None or (known.dtype.kind in "bfiuV" and known.ndim == 0 and 0 <= known <= 1)
+    if not fits or jnp.ndim(value):
+        raise ValueError(f"label_smoothing must be one number from 0 to 1, got {value!r}.")
+    return jnp.asarray(value, wide).reshape((1,) * rank)
+
+
+def _mend_labels(labels: Array, logits: Array) -> str:
+    """What to do about labels of another shape."""
+    if [d for d in logits.shape if d != 1] == [d for d in labels.shape if d != 1]:
+        return "reshape one to the other, for example labels.reshape(logits.shape)"
+    if labels.shape == logits.shape[:-1] and not jnp.issubdtype(labels.dtype, jnp.floating):
+        return f"for class indices, jax.nn.one_hot(labels, {logits.shape[-1]})"
+    try:
+        fits = jnp.broadcast_shapes(labels.shape, logits.shape) == logits.shape
+    except ValueError:
+        fits = False
+    if fits:
+        return "to use them for several logits, jnp.broadcast_to(labels, logits.shape)"
+    return "pass one label for each logit, or one scalar label for all"
 
 
 def prepare(
@@ -87,33 +119,28 @@ def prepare(
     one_of("implementation", implementation, _IMPLEMENTATIONS)
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
         raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
-    x, y = jnp.asarray(logits), jnp.asarray(labels)
+    x, y = _array("logits", logits), _array("labels", labels)
     if x.dtype.name not in _LOGITS:
         raise TypeError(
             f"logits must be one of {list(_LOGITS)}, got {x.dtype.name}: pass the model's raw "
             "scores before the sigmoid, or logits.astype(jnp.float32)."
         )
     if y.dtype.name not in _LABELS:
+        mend = "int32" if jnp.issubdtype(y.dtype, jnp.integer) else "float32"
         raise TypeError(
             f"labels must be one of {list(_LABELS)}, got {y.dtype.name}: use "
-            "labels.astype(jnp.int32)."
+            f"labels.astype(jnp.{mend})."
         )
     if y.ndim and y.shape != x.shape:
-        squeezed = [d for d in x.shape if d != 1] == [d for d in y.shape if d != 1]
-        mend = (
-            "reshape one to the other, for example labels.reshape(logits.shape)"
-            if squeezed
-            else "pass labels of the logits' shape, or one scalar label for all; "
-            "jnp.broadcast_to(labels, logits.shape) says so explicitly"
-        )
         raise ValueError(
-            f"labels of shape {y.shape} do not match logits of shape {x.shape}: {mend}."
+            f"labels of shape {y.shape} do not match logits of shape {x.shape}: "
+            f"{_mend_labels(y, x)}."
         )
     if reduction == "none" and axis is not None:
         raise ValueError(f"axis={axis} has no meaning with reduction='none': leave axis=None.")
     axes = () if reduction == "none" else _axes(axis, x.shape)
     wide = arithmetic_dtype(x.dtype)
-    y = _smoothed(y, label_smoothing, wide)
+    smoothing = _smoothing(label_smoothing, x.ndim, wide)
     count = max(1, math.prod(x.shape[a] for a in axes)) if reduction == "mean" else 1
     y = jnp.moveaxis(y, axes, _last(axes)) if y.ndim else y.reshape((1,) * x.ndim)
     x = jnp.moveaxis(x, axes, _last(axes))
@@ -126,4 +153,4 @@ def prepare(
         "implementation": implementation,
         "loss_dtype": result_dtype if direct else wide,
     }
-    return Call((x, y, jnp.ones((1,) * x.ndim, wide)), params, axes, result_dtype)
+    return Call((x, y, jnp.ones((1,) * x.ndim, wide), smoothing), params, axes, result_dtype)

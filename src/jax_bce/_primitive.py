@@ -1,0 +1,278 @@
+"""The JAX primitive: the only module that knows FFI targets, batching and lowering.
+
+    loss     = scale / count * (element losses, summed over the last reduced_rank dimensions)
+    gradient = scale / count * (element gradients)
+
+The operands logits, labels, scale and smoothing (of the labels) have one rank and are broadcast
+against each other. scale and smoothing have the arithmetic's type, float32 (float64 for float64
+logits); scale has size 1 in the summed dimensions. A summed loss has the arithmetic's type too; an
+element's loss and gradient may be rounded to a 16-bit type. A vmapped axis is one more leading
+dimension. Three kinds differ in their results: "loss", "loss_and_grad", "grad".
+
+On CPU and CUDA a kind is one call of the FFI target `jax_bce_v1_<kind>`; where that is not to be
+had, and on every other platform, XLA compiles `_reference.py`.
+"""
+
+import functools
+import importlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jax_bce._reference import reference
+
+try:
+    from jax_bce import _cpu
+except ImportError as error:
+    raise ImportError(
+        "jax_bce: built modules missing. Run `pip install .` in the source folder, and import "
+        f"jax_bce from elsewhere (this is {Path(__file__).parent}). The cause: {error}"
+    ) from error
+
+_cuda: Any
+try:
+    _cuda = importlib.import_module("jax_bce._cuda")
+except ImportError:  # built without CUDA
+    _cuda = None
+
+
+def ffi_version_of_jaxlib() -> tuple[int, int]:
+    """The FFI version of the running jaxlib, which states it in its headers only."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
+        for part in ("MAJOR", "MINOR")
+    )
+    return major, minor
+
+
+def _why_not_registered(module: Any, runtime: tuple[int, int]) -> str | None:
+    """The reason why this jaxlib cannot take the module's handlers, or None if it can."""
+    built = module.xla_ffi_api_version
+    # A handler newer than the running jaxlib would keep the whole backend from starting.
+    if built[0] == runtime[0] and built[1] <= runtime[1]:
+        return None
+    return (
+        f"it was built for XLA FFI {built[0]}.{built[1]}, but the running jaxlib has "
+        f"{runtime[0]}.{runtime[1]}: upgrade jaxlib, or reinstall jax_bce with "
+        "`pip install --force-reinstall --no-cache-dir jax-bce`"
+    )
+
+
+def _why_no_cpu_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
+    """The reason why the CPU kernel cannot run, or None if it can."""
+    if not module.instruction_set():
+        return (
+            "this processor lacks AVX2, FMA or F16C (x86-64-v3), or the environment variable "
+            "JAX_BCE_CPU names an instruction set it does not have: unset it"
+        )
+    return _why_not_registered(module, runtime)
+
+
+def _why_no_cuda_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
+    """The reason why the CUDA kernel cannot run, or None if it can.
+
+    Where there is no driver at all, only a compilation for another machine asks for it.
+    """
+    if module is None:
+        return (
+            "this jax_bce was built without it: in the source folder, run "
+            "`JAX_BCE_CUDA=ON pip install .` where there is a CUDA toolkit, or else "
+            "`JAX_BCE_CUDA=PYPI pip install .`, which fetches the compiler"
+        )
+    driver, needed = module.driver_version(), module.runtime_version
+    if 0 < driver // 1000 < needed // 1000:
+        return (
+            f"it was built with CUDA {needed // 1000}, but the driver runs CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10} at most: upgrade the NVIDIA driver, or "
+            f"reinstall jax_bce with nvcc {driver // 1000}"
+        )
+    return _why_not_registered(module, runtime)
+
+
+@functools.cache
+def missing(platform: str) -> str | None:
+    """Why the kernel for "cpu" or "cuda" is not there, with the remedy; None if it is."""
+    if platform == "cuda":
+        return _why_no_cuda_kernel(_cuda, ffi_version_of_jaxlib())
+    return _why_no_cpu_kernel(_cpu, ffi_version_of_jaxlib())
+
+
+def _register() -> None:
+    modules: dict[str, Any] = {"cpu": _cpu, "CUDA": _cuda}
+    for platform, module in modules.items():
+        mismatch = module and _why_not_registered(module, ffi_version_of_jaxlib())
+        if mismatch:
+            warnings.warn(
+                f"jax_bce runs on XLA, several times slower on a CPU, because its "
+                f"{platform.lower()} kernel is not usable: {mismatch}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif missing(platform.lower()) is None:
+            for target, handler in module.registrations().items():
+                jax.ffi.register_ffi_target(target, handler, platform=platform)
+
+
+bce_p = Primitive("jax_bce")
+bce_p.multiple_results = True
+
+
+def bce(
+    logits: Array,
+    labels: Array,
+    scale: Array,
+    smoothing: Array,
+    *,
+    kind: str,
+    reduced_rank: int,
+    count: int,
+    implementation: str | None,
+    loss_dtype: np.dtype,
+    gradient_dtype: np.dtype | None = None,
+) -> list[Array]:
+    """Binds the primitive; the gradient has the logits' dtype unless another is given."""
+    return bce_p.bind(  # type: ignore[no-any-return]
+        logits,
+        labels,
+        scale,
+        smoothing,
+        kind=kind,
+        reduced_rank=reduced_rank,
+        count=count,
+        implementation=implementation,
+        loss_dtype=loss_dtype,
+        gradient_dtype=np.dtype(gradient_dtype or logits.dtype),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "kind",
+        "reduced_rank",
+        "count",
+        "implementation",
+        "loss_dtype",
+        "gradient_dtype",
+    ),
+)
+def _compiled(*operands: Array, **params: Any) -> list[Array]:
+    return bce_p.bind(*operands, **params)  # type: ignore[no-any-return]
+
+
+@bce_p.def_impl
+def _evaluate(*operands: Array, **params: Any) -> list[Array]:
+    # An evaluation is a compiled call also where the user has switched jit off: there is no other.
+    with jax.disable_jit(False):
+        return _compiled(*operands, **params)  # type: ignore[no-any-return]
+
+
+@bce_p.def_abstract_eval
+def _shapes(
+    *operands: Any, kind: str, reduced_rank: int, **params: Any
+) -> list[jax.core.ShapedArray]:
+    shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
+    results = []
+    if kind != "grad":
+        loss_shape = shape[: len(shape) - reduced_rank]
+        results.append(jax.core.ShapedArray(loss_shape, params["loss_dtype"]))
+    if kind != "loss":
+        results.append(jax.core.ShapedArray(shape, params["gradient_dtype"]))
+    return results
+
+
+def _batch(
+    operands: Sequence[Array], axes: Sequence[int | None], **params: Any
+) -> tuple[list[Array], list[int]]:
+    """An operand that is not mapped gets a leading dimension of size 1: nothing is copied."""
+    batched = [
+        jnp.expand_dims(operand, 0) if axis is None else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+    ]
+    results = bce_p.bind(*batched, **params)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[bce_p] = _batch
+
+
+def _rows_and_columns(context: mlir.LoweringRuleContext, reduced_rank: int) -> tuple[int, int]:
+    """How many sums there are, and how many elements each has."""
+    avals: Sequence[Any] = context.avals_in
+    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
+    split = len(shape) - reduced_rank
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def _suits_cuda(context: mlir.LoweringRuleContext, params: dict[str, Any]) -> bool:
+    """Whether the kernel is the faster choice there: judged by the memory it moves, not measured.
+
+    XLA fuses an element's loss with its neighbours, and the kernel leaves most threads of a warp
+    idle in a short row.
+    """
+    if params["kind"] == "grad":
+        return True
+    _, columns = _rows_and_columns(context, params["reduced_rank"])
+    return params["reduced_rank"] > 0 and columns >= 128
+
+
+def _workspace(
+    context: mlir.LoweringRuleContext, params: dict[str, Any]
+) -> list[jax.core.ShapedArray]:
+    """The result behind the others: room for the sums of a long row's blocks."""
+    if params["kind"] == "grad" or not params["reduced_rank"]:
+        return []
+    size = _cuda.workspace(*_rows_and_columns(context, params["reduced_rank"]))
+    return [jax.core.ShapedArray((size,), np.dtype(np.float64))] if size else []
+
+
+def _lowering(platform: str | None) -> Callable[..., Any]:
+    """The rule for one platform, or for all that have no rule of their own (None)."""
+
+    def rule(
+        context: mlir.LoweringRuleContext,
+        *operands: Any,
+        implementation: str | None,
+        **params: Any,
+    ) -> Any:
+        if implementation not in (None, "xla", platform):
+            raise RuntimeError(
+                f"jax_bce.loss(implementation={implementation!r}) is compiled for "
+                f"{platform or 'another platform'}, where that kernel cannot run: use "
+                "implementation=None."
+            )
+        use_xla = platform is None or implementation == "xla" or missing(platform) is not None
+        if platform == "cuda" and implementation is None:
+            use_xla = use_xla or not _suits_cuda(context, params)
+        if use_xla:
+            fallback = mlir.lower_fun(reference, multiple_results=True)
+            return fallback(context, *operands, **params)
+        results = len(context.avals_out)
+        if platform == "cuda":
+            context = context.replace(avals_out=[*context.avals_out, *_workspace(context, params)])
+        call = jax.ffi.ffi_lowering(f"jax_bce_v1_{params['kind']}")
+        return call(
+            context,
+            *operands,
+            reduced_rank=np.int64(params["reduced_rank"]),
+            count=np.int64(params["count"]),
+        )[:results]
+
+    return rule
+
+
+mlir.register_lowering(bce_p, _lowering(None))
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(bce_p, _lowering(_platform), platform=_platform)
+_register()
