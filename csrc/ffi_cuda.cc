@@ -1,0 +1,56 @@
+// The handlers for platform "CUDA": a call becomes kernels on XLA's stream. And the Python module
+// _cuda, which offers them for registration. Compiled by the host's compiler; nvcc sees neither XLA
+// nor Python.
+//
+// A handler enqueues and returns: it allocates nothing, waits for nothing and asks the device for
+// nothing, so XLA may capture it into a CUDA graph.
+#include "bce_cuda.h"
+#include "ffi_common.h"
+
+namespace jax_bce {
+namespace {
+
+template <bool kLoss, bool kGradient>
+ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
+               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingRets results,
+               int64_t reduced_rank, int64_t count) {
+  Problem problem;
+  if (ffi::Error error = describe({logits, labels, scale, smoothing}, results, kLoss, kGradient,
+                                  reduced_rank, count, &problem);
+      error.failure())
+    return error;
+  constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
+  const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
+  double* workspace = nullptr;
+  if (needed > 0) {
+    auto room = results.get<ffi::BufferR1<ffi::DataType::F64>>(kResults);
+    if (!room.has_value() || static_cast<int64_t>((*room)->element_count()) != needed)
+      return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
+    workspace = (*room)->typed_data();
+  }
+  if (results.size() != kResults + (needed > 0)) return invalid("a result too many");
+  const char* error = bce_cuda(problem, workspace, stream);
+  return error ? ffi::Error::Internal(std::string("jax_bce: CUDA says: ") + error)
+               : ffi::Error::Success();
+}
+
+using Stream = ffi::PlatformStream<CUstream_st*>;
+
+XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+}  // namespace jax_bce
+
+PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
+  using namespace jax_bce;
+  define_module(module, BceLoss, BceLossAndGrad, BceGrad);
+  module.def("workspace", &cuda_workspace);
+  module.def("driver_version", &cuda_driver_version);
+  module.attr("runtime_version") = cuda_runtime_version();
+  module.attr("architectures") = BCE_CUDA_ARCHITECTURES;
+}

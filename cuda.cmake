@@ -1,0 +1,68 @@
+# The CUDA kernel. JAX_BCE_CUDA: AUTO builds it if there is an nvcc, ON insists, OFF leaves it out, and
+# PYPI takes the compiler from the packages that pyproject.toml then adds to the build's requirements.
+set(JAX_BCE_CUDA AUTO CACHE STRING "AUTO, ON, OFF or PYPI")
+if(NOT JAX_BCE_CUDA MATCHES "^(AUTO|ON|OFF|PYPI)$")
+  message(FATAL_ERROR "JAX_BCE_CUDA is AUTO, ON, OFF or PYPI, not '${JAX_BCE_CUDA}'")
+endif()
+if(JAX_BCE_CUDA STREQUAL "OFF")
+  message(STATUS "jax_bce: no CUDA kernel, as JAX_BCE_CUDA=OFF asks")
+  return()
+endif()
+
+if(JAX_BCE_CUDA STREQUAL "PYPI")
+  execute_process(COMMAND ${Python_EXECUTABLE} -c "import importlib.util as u; print(\
+u.find_spec('nvidia').submodule_search_locations[0] + '/cu13/bin')"
+    OUTPUT_VARIABLE PYPI_BIN OUTPUT_STRIP_TRAILING_WHITESPACE)
+  find_program(NVCC nvcc PATHS ${PYPI_BIN} NO_DEFAULT_PATH)
+else()
+  find_program(NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr/local/cuda/bin)
+endif()
+if(NOT NVCC)
+  set(REMEDY "install a CUDA toolkit, 12 or newer, with nvcc on the PATH or in $CUDA_HOME/bin, or \
+let pip fetch the compiler: JAX_BCE_CUDA=PYPI pip install .")
+  if(JAX_BCE_CUDA STREQUAL "AUTO")
+    message(STATUS "jax_bce: no CUDA kernel, as there is no nvcc. For one, ${REMEDY}")
+    return()
+  endif()
+  message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
+endif()
+
+# Code for every generation that this compiler knows, and PTX of the newest for those to come.
+execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
+foreach(architecture 75 80 86 89 90 100 120)
+  if(KNOWN MATCHES "compute_${architecture}\n")
+    list(APPEND ARCHITECTURES ${architecture})
+    list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
+  endif()
+endforeach()
+list(GET ARCHITECTURES -1 NEWEST)
+list(APPEND CODE -gencode arch=compute_${NEWEST},code=compute_${NEWEST})
+
+# nvcc may be a script elsewhere: its own words say where its libraries are.
+execute_process(COMMAND ${NVCC} --dryrun -x cu -c /dev/null -o /dev/null ERROR_VARIABLE DRYRUN)
+string(REGEX MATCH "TOP=([^\n]*)" _ "${DRYRUN}")
+find_library(CUDART_STATIC cudart_static NO_DEFAULT_PATH PATHS ${CMAKE_MATCH_1}
+  PATH_SUFFIXES lib64 lib targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib targets/sbsa-linux/lib)
+if(NOT CUDART_STATIC)
+  message(FATAL_ERROR "${NVCC} comes without libcudart_static.a (looked in ${CMAKE_MATCH_1}): "
+    "install the toolkit's runtime, nvidia-cuda-runtime, or set JAX_BCE_CUDA=OFF")
+endif()
+list(JOIN ARCHITECTURES ", " ARCHITECTURES)
+message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES} by ${NVCC}")
+
+# -fmad=false: as in the CPU kernels, no product is rounded where the source does not say so.
+set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/bce_cuda.o)
+add_custom_command(
+  OUTPUT ${OBJECT}
+  DEPENDS ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
+          ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
+  COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0 -Werror all-warnings -Xptxas -v ${CODE}
+          -ccbin ${CMAKE_CXX_COMPILER}
+          -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
+          -c ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu -o ${OBJECT}
+  VERBATIM)
+pybind11_add_module(_cuda csrc/ffi_cuda.cc ${OBJECT})
+target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})
+target_compile_definitions(_cuda PRIVATE BCE_CUDA_ARCHITECTURES="${ARCHITECTURES}")
+target_link_libraries(_cuda PRIVATE ${CUDART_STATIC} ${CMAKE_DL_LIBS} pthread rt)
+install(TARGETS _cuda LIBRARY DESTINATION jax_bce)

@@ -1,0 +1,9 @@
+from typing import Any
+
+xla_ffi_api_version: tuple[int, int]
+runtime_version: int
+architectures: str
+
+def registrations() -> dict[str, Any]: ...
+def workspace(rows: int, columns: int) -> int: ...
+def driver_version() -> int: ...
