@@ -48,9 +48,10 @@ def loss(
       residuals: what is kept for the backward pass. "gradient": the gradient, computed together
         with the loss in one pass over memory. "recompute": nothing but logits and labels
         themselves; the backward pass reads them again, which allows reverse mode only, and once.
-      implementation: None, the fastest that the platform has; "cpu", the SIMD kernel; "cuda", the
-        GPU kernel; "xla", plain JAX, which also suits ``jax.export`` and sharded operands. Like
-        reduction, axis, dtype and residuals, it is static under jit.
+      implementation: None, the fastest that was measured (the SIMD kernel on a CPU, XLA elsewhere);
+        "cpu", the SIMD kernel; "cuda", the GPU kernel; "xla", plain JAX, which also suits
+        ``jax.export`` and sharded operands. Like reduction, axis, dtype and residuals, it is static
+        under jit.
 
     Returns:
       The loss, of the logits' shape without the reduced axes.

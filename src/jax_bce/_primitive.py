@@ -207,33 +207,16 @@ def _batch(
 batching.primitive_batchers[bce_p] = _batch
 
 
-def _rows_and_columns(context: mlir.LoweringRuleContext, reduced_rank: int) -> tuple[int, int]:
-    """How many sums there are, and how many elements each has."""
-    avals: Sequence[Any] = context.avals_in
-    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
-    split = len(shape) - reduced_rank
-    return math.prod(shape[:split]), math.prod(shape[split:])
-
-
-def _suits_cuda(context: mlir.LoweringRuleContext, params: dict[str, Any]) -> bool:
-    """Whether the kernel is the faster choice there: judged by the memory it moves, not measured.
-
-    XLA fuses an element's loss with its neighbours, and the kernel leaves most threads of a warp
-    idle in a short row.
-    """
-    if params["kind"] == "grad":
-        return True
-    _, columns = _rows_and_columns(context, params["reduced_rank"])
-    return params["reduced_rank"] > 0 and columns >= 128
-
-
 def _workspace(
     context: mlir.LoweringRuleContext, params: dict[str, Any]
 ) -> list[jax.core.ShapedArray]:
-    """The result behind the others: room for the sums of a long row's blocks."""
+    """The CUDA kernel's result behind the others: room for the sums of a long row's blocks."""
     if params["kind"] == "grad" or not params["reduced_rank"]:
         return []
-    size = _cuda.workspace(*_rows_and_columns(context, params["reduced_rank"]))
+    avals: Sequence[Any] = context.avals_in
+    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
+    split = len(shape) - params["reduced_rank"]
+    size = _cuda.workspace(math.prod(shape[:split]), math.prod(shape[split:]))
     return [jax.core.ShapedArray((size,), np.dtype(np.float64))] if size else []
 
 
@@ -253,8 +236,8 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 "implementation=None."
             )
         use_xla = platform is None or implementation == "xla" or missing(platform) is not None
-        if platform == "cuda" and implementation is None:
-            use_xla = use_xla or not _suits_cuda(context, params)
+        # None is the fastest that was measured, and the CUDA kernel has not been yet.
+        use_xla = use_xla or (platform == "cuda" and implementation is None)
         if use_xla:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
