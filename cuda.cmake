@@ -9,6 +9,9 @@ if(JAX_BCE_CUDA STREQUAL "OFF")
   return()
 endif()
 
+# A build folder that is used again must not remember another mode's compiler.
+unset(NVCC CACHE)
+unset(CUDART_STATIC CACHE)
 if(JAX_BCE_CUDA STREQUAL "PYPI")
   execute_process(COMMAND ${Python_EXECUTABLE} -c "import importlib.util as u; print(\
 u.find_spec('nvidia').submodule_search_locations[0] + '/cu13/bin')"
