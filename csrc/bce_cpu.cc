@@ -178,7 +178,6 @@ BCE_INLINE void narrow(float value, BFloat16* to) {
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to->bits = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
 }
-BCE_INLINE void narrow(double value, float* to) { *to = static_cast<float>(value); }
 
 template <class To, class From>
 BCE_INLINE void narrow(const From* from, int size, To* to) {
@@ -281,8 +280,8 @@ void store(const Result& result, int64_t offset, int size, const Scalar* from) {
     Stored* to = static_cast<Stored*>(result.data) + offset;
     if constexpr (std::is_same_v<Stored, Scalar>) {
       if (to != from) std::memcpy(to, from, size * sizeof(Scalar));
-    } else if constexpr (sizeof(Stored) < sizeof(Scalar) && !std::is_integral_v<Stored>) {
-      narrow(from, size, to);
+    } else if constexpr (std::is_same_v<Stored, Float16> || std::is_same_v<Stored, BFloat16>) {
+      if constexpr (std::is_same_v<Scalar, float>) narrow(from, size, to);
     }
   });
 }

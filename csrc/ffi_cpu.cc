@@ -99,14 +99,16 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
       prefer_huge_pages((*result)->untyped_data(), (*result)->size_bytes());
   const int64_t rows = problem.rows(), columns = problem.columns();
   const int64_t blocks = std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
-  std::vector<double> sums(blocks > 1 ? rows * blocks : 0);
+  std::vector<double> sums(problem.reduce && blocks > 1 ? rows * blocks : 0);
   // A task is one block of a long row, or as many short rows as make up about a block.
   const int64_t rows_in_task = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, columns));
   const int64_t tasks = blocks > 1 ? rows * blocks : (rows + rows_in_task - 1) / rows_in_task;
   const auto run_task = [&](int64_t task) {
     if (blocks > 1) {
       const int64_t begin = task % blocks * kBlock;
-      sums[task] = kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
+      const double sum =
+          kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
+      if (problem.reduce) sums[task] = sum;
     } else {
       const int64_t first = task * rows_in_task;
       kernel->rows(problem, first, std::min(rows, first + rows_in_task));
