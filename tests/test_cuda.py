@@ -1,8 +1,8 @@
 """All that is known of the CUDA kernel without a GPU.
 
-Its source runs on the host (cuda_on_host/), every bit against the CPU kernel, under the sanitizers
-too; the built module holds code for the architectures it names and needs no CUDA library; and XLA's
-program for CUDA calls it.
+Its source runs on the host (cuda_kernel/on_host/), every bit against the CPU kernel, under the
+sanitizers too; the built module holds code for the architectures it names and needs no CUDA
+library; and XLA's program for CUDA calls it.
 """
 
 import re
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gpu_check
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,8 @@ import pytest
 import jax_bce
 from jax_bce import _primitive
 
-HOST = Path(__file__).parent / "cuda_on_host"
-SOURCES = HOST.parent.parent / "csrc"
+KERNEL_TESTS = Path(__file__).parent / "cuda_kernel"
+SOURCES = KERNEL_TESTS.parent.parent / "csrc"
 FLAGS = ["-O1", "-g", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
@@ -31,15 +32,28 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
     ids=["bits", "address", "thread"],
 )
 def test_source_on_the_host(cpu: str, tmp_path: Path, sanitizers: str, effort: int) -> None:
-    flags = [*FLAGS, "-I", str(HOST), "-DBCE_KERNEL=kBaselineKernel", '-DBCE_INSTRUCTION_SET=""']
+    flags = [*FLAGS, "-DBCE_KERNEL=kBaselineKernel", '-DBCE_INSTRUCTION_SET=""']
+    flags += ["-I", str(KERNEL_TESTS / "on_host")]
     if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    sources = [SOURCES / "bce_cuda.cu", SOURCES / "bce_cpu.cc", HOST / "test.cc"]
+    sources = [SOURCES / "bce_cuda.cu", SOURCES / "bce_cpu.cc", KERNEL_TESTS / "test.cc"]
     program = tmp_path / "test"
     subprocess.run(["g++", *flags, "-x", "c++", *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([program, str(effort)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"[1-9]\d+ cases, 0 failed", done.stdout)
+
+
+@pytest.mark.parametrize("program", ["test", "device"])
+def test_programs_for_a_gpu_compile(
+    require: Callable[[str], None], tmp_path: Path, program: str
+) -> None:
+    """`make gpu-check` runs them; its command is taken."""
+    require("nvcc")
+    source, target = KERNEL_TESTS / f"{program}.cc", tmp_path / "program.o"
+    subprocess.run(
+        [gpu_check.NVCC, *gpu_check.NVCC_FLAGS, "-c", str(source), "-o", str(target)], check=True
+    )
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-// CUDA's words, as far as bce_cuda.cu uses them, for the host's compiler: so that the kernels as
-// they stand run where there is no GPU, under the sanitizers too. A thread is a thread; a shuffle
-// and
-// __syncthreads are barriers; thread blocks run one after the other.
+// CUDA's words, as far as bce_cuda.cu and its test use them, for the host's compiler: so that the
+// kernels as they stand run where there is no GPU, under the sanitizers too. A thread is a thread;
+// a shuffle and __syncthreads are barriers; thread blocks run one after the other; a launch returns
+// when all is done.
 #pragma once
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <barrier>
@@ -27,6 +28,25 @@ enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 #define CUDART_VERSION 0
+
+using cudaStream_t = struct CUstream_st*;
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMalloc(void** block, size_t size) {
+  return *block = malloc(size), cudaSuccess;
+}
+inline cudaError_t cudaFree(void* block) { return free(block), cudaSuccess; }
+inline cudaError_t cudaMemset(void* to, int byte, size_t size) {
+  if (size > 0) memset(to, byte, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
+  if (size > 0) memcpy(to, from, size);
+  return cudaSuccess;
+}
 
 namespace cuda_on_host {
 

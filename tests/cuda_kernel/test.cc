@@ -1,0 +1,138 @@
+// The CUDA kernel against the CPU kernel, every result, for all dtypes, and for sizes and addresses
+// around those of every loop. Compiled by nvcc it runs on a GPU; with on_host/ before CUDA's own
+// headers, by the host's compiler, it runs the same source without one.
+//
+//     test EFFORT     0: a few sizes, 1: more of them, 2: all
+#include <string>
+
+#include "call.h"
+
+namespace {
+
+using namespace jax_bce;
+
+// All that may differ from the CPU kernel. On the host, nothing. A GPU divides float32 numbers
+// with an error of an ulp in a few of 2^27 (bce_cuda.cu), and that reaches a loss at times.
+constexpr bool kOnGpu = CUDART_VERSION > 0;
+
+struct Comparison {
+  const char* what;
+  int64_t allowed_ulps;  // at most so far
+  int64_t among;         // and no more often than once in so many results, or once
+  int64_t results = 0, different = 0;
+
+  bool holds() const { return (different - 1) * among <= results; }
+};
+Comparison losses{"losses of float32 arithmetic", kOnGpu ? 1 : 0, 1'000'000};
+Comparison others{"gradients, and losses of float64", 0, 1};
+
+constexpr Type kTypes[] = {Type::kF16, Type::kBF16, Type::kF32, Type::kF64, Type::kBool,
+                           Type::kI8,  Type::kU8,   Type::kI16, Type::kI32, Type::kI64};
+constexpr const char* kNames[] = {"f16", "bf16", "f32", "f64", "bool",
+                                  "i8",  "u8",   "i16", "i32", "i64"};
+const char* name(Type type) { return kNames[static_cast<int>(type)]; }
+
+// The bits of a floating-point number in the order of the numbers, in which neighbours differ by 1.
+int64_t place(Type type, const char* element, bool* is_nan) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, element, width(type));
+  const uint64_t sign = uint64_t{1} << (8 * width(type) - 1);
+  const uint64_t infinity = type == Type::kF16    ? 0x7c00
+                            : type == Type::kBF16 ? 0x7f80
+                            : type == Type::kF32  ? 0x7f800000
+                                                  : 0x7ff0000000000000;
+  const int64_t magnitude = static_cast<int64_t>(bits & ~sign);
+  *is_nan = static_cast<uint64_t>(magnitude) > infinity;
+  return bits & sign ? -1 - magnitude : magnitude;
+}
+
+// What is not a number equals its like.
+int64_t ulps_apart(Type type, const char* a, const char* b) {
+  bool a_is_nan, b_is_nan;
+  const int64_t first = place(type, a, &a_is_nan), second = place(type, b, &b_is_nan);
+  if (a_is_nan || b_is_nan) return a_is_nan && b_is_nan ? 0 : INT64_MAX;
+  const uint64_t distance = static_cast<uint64_t>(std::max(first, second)) -
+                            static_cast<uint64_t>(std::min(first, second));
+  return static_cast<int64_t>(std::min<uint64_t>(distance, INT64_MAX));
+}
+
+// Counts the results that are too far, and keeps the index of the first.
+int64_t too_far(Comparison* comparison, Type type, const Array& result, int64_t* first) {
+  const std::vector<char> found = result.download();
+  int64_t count = 0;
+  for (size_t at = 0; at < found.size(); at += width(type)) {
+    const int64_t ulps = ulps_apart(type, result.host() + at, found.data() + at);
+    ++comparison->results;
+    comparison->different += ulps > 0;
+    if (ulps > comparison->allowed_ulps && count++ == 0) *first = at / width(type);
+  }
+  return count;
+}
+
+bool check(const Case& c, cudaStream_t stream) {
+  const Call call(c);
+  bce_cpu(call.problem(&Array::host));
+  call.enqueue(stream);
+  must(cudaStreamSynchronize(stream));
+  int64_t first = -1;
+  Comparison* of_losses = call.arithmetic == Type::kF32 ? &losses : &others;
+  const int64_t count = too_far(of_losses, call.loss_type, call.loss, &first) +
+                        too_far(&others, call.gradient_type, call.gradient, &first);
+  if (count)
+    std::printf(
+        "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
+        "reduce %d, loss %d, gradient %d, one_label %d, scales %d, wide %d, smooth %d\n",
+        static_cast<long long>(count), static_cast<long long>(first), name(c.logits),
+        name(c.labels), static_cast<long long>(c.rows), static_cast<long long>(c.columns), c.offset,
+        c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth);
+  return !count;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int effort = count > 1 ? std::atoi(arguments[1]) : 1;
+  std::vector<int64_t> columns;
+  const int step = effort == 2 ? 1 : effort == 1 ? 7 : 61;
+  for (int64_t n = 0; n < 300; n += step) columns.push_back(n);
+  for (int64_t edge : {512, 1024, 2048, 8192, 16384, 24576})
+    for (int64_t n = edge - (effort ? 5 : 1); n <= edge + (effort ? 5 : 1); ++n)
+      columns.push_back(n);
+
+  cudaStream_t stream;
+  must(cudaStreamCreate(&stream));
+  int64_t cases = 0, failed = 0;
+  const auto run = [&](const Case& c) { ++cases, failed += !check(c, stream); };
+  // Every size, in the shapes of a loss that is trained with.
+  for (int64_t n : columns) {
+    const int offset = cases % 4;
+    run({Type::kF32, Type::kF32, 1, n, offset, true, true, true, false, false, false, false});
+    run({Type::kF32, Type::kU8, 3, n, offset, true, true, n % 2 == 0, false, n % 3 == 0, false,
+         n % 5 == 0});
+    run({Type::kBF16, Type::kU8, 2, n, offset, n % 2 == 0, true, true, false, false, false,
+         n % 3 == 0});
+    run({Type::kF32, Type::kF32, 1, n, offset, false, n % 2 == 0, true, false, true, false,
+         n % 3 == 0});
+  }
+  // Every pair of dtypes, in every kind of call.
+  for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
+    for (Type labels : kTypes)
+      for (int kind = 0; kind < 32; ++kind) {
+        const bool reduce = kind & 1, wide = kind & 2, one_label = kind & 4, scales = kind & 8;
+        const int64_t n = kind & 16 ? 1024 + 13 * (1 + cases % 5) : 1 + cases % 70;
+        for (int results = 1; results < 4; ++results)
+          if (effort || results == 3 || cases % 8 == 0)
+            run({logits, labels, n > 1000 ? 2 : 19, n, static_cast<int>(cases % 4),
+                 reduce && (results & 1), (results & 1) != 0, (results & 2) != 0, one_label, scales,
+                 wide, cases % 3 == 0});
+      }
+  must(cudaStreamDestroy(stream));
+  for (const Comparison& comparison : {losses, others}) {
+    std::printf("%lld %s, %lld differ\n", static_cast<long long>(comparison.results),
+                comparison.what, static_cast<long long>(comparison.different));
+    failed += !comparison.holds();
+  }
+  std::printf("%lld cases, %lld failed\n", static_cast<long long>(cases),
+              static_cast<long long>(failed));
+  return failed != 0;
+}
