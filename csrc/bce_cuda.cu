@@ -31,16 +31,25 @@ struct Lane {
   static BCE_INLINE T max(T a, T b) { return ::fmax(a, b); }
   static BCE_INLINE T fma(T a, T b, T c) { return ::fma(a, b, c); }
 
+  // To within an ulp in float32. What would be subnormal may be 0.
+  static BCE_INLINE T reciprocal(T b) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 4) {
+      asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(b));
+      return b;
+    }
+#endif
+    return 1 / b;
+  }
+
   // In float32 for 0 <= a <= 1 <= b <= 3. A third of the instructions of a division that is rounded
   // right for all operands; for these it is, too, but for a few of 2^27, where an ulp in the
   // quotient is made up for by the remainder, which the formulas carry along.
   static BCE_INLINE T divide(T a, T b) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(T) == 4) {
-      float reciprocal;
-      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
-      const float quotient = a * reciprocal;
-      return fma(fma(-b, quotient, a), reciprocal, quotient);
+      const T approximate = reciprocal(b), quotient = a * approximate;
+      return fma(fma(-b, quotient, a), approximate, quotient);
     }
 #endif
     return a / b;
@@ -68,6 +77,18 @@ __device__ void round_to(__nv_bfloat16* to, float value) { *to = __float2bfloat1
 __device__ void round_to(float* to, float value) { *to = value; }
 __device__ void round_to(double* to, double value) { *to = value; }
 
+// Two at once, each way in one instruction.
+__device__ float convert_pair(__half, uint32_t pair, bool second) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(second ? pair >> 16 : pair)));
+}
+__device__ float convert_pair(__nv_bfloat16, uint32_t pair, bool second) {
+  return __uint_as_float(second ? pair & 0xffff0000 : pair << 16);
+}
+__device__ __half2 round_pair(__half, float a, float b) { return __floats2half2_rn(a, b); }
+__device__ __nv_bfloat162 round_pair(__nv_bfloat16, float a, float b) {
+  return __floats2bfloat162_rn(a, b);
+}
+
 // A label of the type from its bits.
 template <class Scalar>
 __device__ Scalar label_of(Type type, uint8_t bits) {
@@ -90,53 +111,137 @@ __device__ Scalar label_of(Type type, uint64_t bits) {
                                                 : static_cast<Scalar>(static_cast<int64_t>(bits)));
 }
 
-// Four elements as they are stored: one transfer, or two of 16 bytes.
+// The bits of a label of 1.
+template <class Bits>
+__device__ Bits one_of(Type type) {
+  switch (type) {
+    case Type::kF16:
+      return static_cast<Bits>(0x3c00);
+    case Type::kBF16:
+      return static_cast<Bits>(0x3f80);
+    case Type::kF32:
+      return static_cast<Bits>(0x3f800000);
+    case Type::kF64:
+      return static_cast<Bits>(0x3ff0000000000000);
+    default:
+      return 1;
+  }
+}
+
+// One store each, which the compiler would take apart.
+__device__ void store_vector(uint2* to, uint2 vector) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(vector.x), "r"(vector.y)
+               : "memory");
+#else
+  *to = vector;
+#endif
+}
+__device__ void store_vector(uint4* to, uint4 vector) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w)
+               : "memory");
+#else
+  *to = vector;
+#endif
+}
+
+// What is transferred at once: 4, 8 or 16 bytes.
+template <int kBytes>
+struct Transfer {
+  using Type =
+      std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
+};
+
+// Four elements as they are stored: one transfer, or two.
 template <class Stored>
-struct alignas(sizeof(Stored) * kQuad < 16 ? sizeof(Stored) * kQuad : 16) Quad {
-  Stored values[kQuad];
+struct Quad {
+  static constexpr int kBytes = sizeof(Stored) * kQuad, kTransfers = kBytes > 16 ? 2 : 1;
+  using Vector = typename Transfer<kBytes / kTransfers>::Type;
+  Vector vectors[kTransfers];
+
+  template <class Scalar>
+  __device__ static Quad rounded(const Scalar* values) {
+    Quad quad;
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      Stored value;
+      round_to(&value, values[c]);
+      quad.set(c, value);
+    }
+    return quad;
+  }
+  __device__ static Quad load(const Stored* from) {
+    Quad quad;
+    BCE_UNROLL
+    for (int i = 0; i < kTransfers; ++i)
+      quad.vectors[i] = __ldg(reinterpret_cast<const Vector*>(from) + i);
+    return quad;
+  }
+  __device__ void store(Stored* to) const {
+    BCE_UNROLL
+    for (int i = 0; i < kTransfers; ++i)
+      store_vector(reinterpret_cast<Vector*>(to) + i, vectors[i]);
+  }
+
+  __device__ Stored get(int c) const {
+    Stored value;
+    memcpy(&value, reinterpret_cast<const char*>(vectors) + c * sizeof value, sizeof value);
+    return value;
+  }
+  __device__ void set(int c, Stored value) {
+    memcpy(reinterpret_cast<char*>(vectors) + c * sizeof value, &value, sizeof value);
+  }
 };
 
 template <class Stored>
 __device__ bool is_aligned(const Stored* data) {
-  return reinterpret_cast<uintptr_t>(data) % alignof(Quad<Stored>) == 0;
+  return reinterpret_cast<uintptr_t>(data) % alignof(typename Quad<Stored>::Vector) == 0;
 }
 
-// A group of an operand.
+// The first `left` of four elements, and padding: nothing else is read.
 template <class Stored>
-struct Stream {
-  const Stored* data;
-  bool broadcast, aligned;
-
-  __device__ Stream(const Operand& operand, int rank, int64_t row_start, int64_t begin) {
-    broadcast = operand.strides[rank - 1] == 0;
-    data = static_cast<const Stored*>(operand.data) + row_start + (broadcast ? 0 : begin);
-    aligned = !broadcast && is_aligned(data);
-  }
-
-  // Elements index, ..., index + 3, of which the first `left` exist: nothing else is read.
-  __device__ Quad<Stored> load(int index, int left, Stored padding) const {
-    if (aligned && left >= kQuad) return *reinterpret_cast<const Quad<Stored>*>(data + index);
-    Quad<Stored> quad;
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c)
-      quad.values[c] = c < left ? data[broadcast ? 0 : index + c] : padding;
-    return quad;
-  }
-};
+__device__ Quad<Stored> load(const Stored* from, bool broadcast, int left, Stored padding) {
+  if (!broadcast && left >= kQuad && is_aligned(from)) return Quad<Stored>::load(from);
+  Quad<Stored> quad;
+  BCE_UNROLL
+  for (int c = 0; c < kQuad; ++c) quad.set(c, c < left ? from[broadcast ? 0 : c] : padding);
+  return quad;
+}
 
 template <class Stored, class Scalar>
 __device__ void store_as(void* data, int64_t offset, int left, const Scalar* values) {
   Stored* to = static_cast<Stored*>(data) + offset;
-  Quad<Stored> quad;
-  BCE_UNROLL
-  for (int c = 0; c < kQuad; ++c) round_to(quad.values + c, values[c]);
+  const auto quad = Quad<Stored>::rounded(values);
   if (left >= kQuad && is_aligned(to)) {
-    *reinterpret_cast<Quad<Stored>*>(to) = quad;
+    quad.store(to);
     return;
   }
   BCE_UNROLL
   for (int c = 0; c < kQuad; ++c)
-    if (c < left) to[c] = quad.values[c];
+    if (c < left) to[c] = quad.get(c);
+}
+
+// Whether four labels are 0 or 1, whose bits are `one`; and the sign bits that stand for a 1, in
+// two pairs of 16-bit numbers.
+__device__ bool signs_of(const Quad<uint8_t>& labels, uint8_t, uint32_t* signs) {
+  const uint32_t word = labels.vectors[0];
+  signs[0] = __byte_perm(word << 7, 0, 0x1404);
+  signs[1] = __byte_perm(word << 7, 0, 0x3424);
+  return (word & 0xfefefefe) == 0;
+}
+template <class Bits>
+__device__ bool signs_of(const Quad<Bits>& labels, Bits one, uint32_t* signs) {
+  bool hard = true;
+  BCE_UNROLL
+  for (int p = 0; p < 2; ++p) {
+    const Bits first = labels.get(2 * p), second = labels.get(2 * p + 1);
+    hard = hard && (first == 0 || first == one) && (second == 0 || second == one);
+    signs[p] = (first == one ? 0x8000 : 0) | (second == one ? 0x80000000 : 0);
+  }
+  return hard;
 }
 
 // Results have the logits' type or the arithmetic's.
@@ -156,9 +261,8 @@ __device__ Scalar scaled(Pair<Scalar> value, Scalar factor, bool narrow) {
 }
 
 template <class Logit, class Scalar>
-__device__ void store(const Result& result, bool narrow, int64_t offset, int left,
-                      const Scalar* values) {
-  if (narrow)
+__device__ void store(const Result& result, int64_t offset, int left, const Scalar* values) {
+  if (is_narrow<Logit, Scalar>(result))
     store_as<Logit>(result.data, offset, left, values);
   else
     store_as<Scalar>(result.data, offset, left, values);
@@ -190,111 +294,298 @@ __device__ void finish_row(const Problem& problem, int64_t row, int64_t scale_st
       static_cast<Scalar>(sum * scale * problem.inverse_count);
 }
 
-// Evaluates this thread's elements of the group that begins in the row at `begin`. Returns their
-// sum if problem.reduce.
+// What one thread evaluates of a group, which begins in the row at `begin`.
 template <class Logit, class Label>
-__device__ double evaluate_group(const Problem& problem, int64_t row, const RowStart& start,
-                                 int64_t begin) {
+class Share {
+ public:
   using Scalar = decltype(convert(Logit()));
-  using L = Lane<Scalar>;
-  const int64_t columns = problem.columns();
-  const Stream<Logit> logits(problem.logits, problem.rank, start.logits, begin);
-  const Stream<Label> labels(problem.labels, problem.rank, start.labels, begin);
-  // Of a row, seldom of an element.
-  const bool one_factor = problem.scale.strides[problem.rank - 1] == 0;
-  const bool one_smoothing = problem.smoothing.strides[problem.rank - 1] == 0;
-  const auto factor_at = [&](int64_t i) {
-    const Scalar scale = static_cast<const Scalar*>(problem.scale.data)[start.scale + i];
-    return static_cast<Scalar>(scale * problem.inverse_count);
-  };
-  const auto smoothing_at = [&](int64_t i) {
-    return static_cast<const Scalar*>(problem.smoothing.data)[start.smoothing + i];
-  };
-  const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
-  const int64_t result_start = row * columns + begin;
-  const bool with_loss = problem.loss.data, with_gradient = problem.gradient.data;
-  const bool narrow_loss = is_narrow<Logit, Scalar>(problem.loss);
-  const bool narrow_gradient = is_narrow<Logit, Scalar>(problem.gradient);
 
-  // What is not there, with label 0 and no smoothing, has a loss of exactly 0.
-  Logit minus_infinity;
-  round_to(&minus_infinity, -Format<Scalar>::kInfinity);
-  const int lane = threadIdx.x % kWarp;
-  int index = lane / 8 * 256 + lane % 8 * kQuad;
-  const int behind = (lane / 8 + 1) * 256;
-  const int end = columns - begin < behind ? static_cast<int>(columns - begin) : behind;
-  Quad<Logit> next_logits = logits.load(index, end - index, minus_infinity);
-  Quad<Label> next_labels = labels.load(index, end - index, 0);
-  double high[kQuad] = {};
-  Scalar low[kQuad] = {};
+  __device__ Share(const Problem& problem, int64_t row, const RowStart& start, int64_t begin)
+      : problem_(problem), row_(row), start_(start) {
+    const int lane = threadIdx.x % kWarp;
+    const int first = lane / 8 * 256 + lane % 8 * kQuad, behind = (lane / 8 + 1) * 256;
+    const int64_t rest = problem.columns() - begin;
+    left_ = (rest < behind ? static_cast<int>(rest) : behind) - first;
+    result_ = row * problem.columns() + begin + first;
+    logits_ = static_cast<const Logit*>(problem.logits.data) + start.logits;
+    labels_ = static_cast<const Label*>(problem.labels.data) + start.labels;
+    if (!is_broadcast(problem.logits)) logits_ += begin + first;
+    if (!is_broadcast(problem.labels)) labels_ += begin + first;
+  }
+
+  // Returns the sum of the elements if problem.reduce.
+  __device__ double evaluate() {
+    if (is_plain()) evaluate_plain();
 #pragma unroll 1
-  for (; index < end; index += 32) {
-    const Quad<Logit> stored_logits = next_logits;
-    const Quad<Label> stored_labels = next_labels;
-    const int left = end - index;
-    // On their way while these are evaluated.
-    if (left > 32) {
-      next_logits = logits.load(index + 32, left - 32, minus_infinity);
-      next_labels = labels.load(index + 32, left - 32, 0);
-    }
-
-    Scalar x[kQuad], y[kQuad];
-    bool common = one_smoothing && row_smoothing == 0;
+    for (; left_ > 0; advance(32)) evaluate_quad();
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      x[c] = convert(stored_logits.values[c]);
-      y[c] = label_of<Scalar>(problem.labels.type, stored_labels.values[c]);
-      common = common && magnitude_of<L>(x[c]) <= Format<Scalar>::kCommon &&
-               L::fma(y[c], y[c], -y[c]) == 0;
+    for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
+    return (high_[0] + high_[2]) + (high_[1] + high_[3]);
+  }
+
+ private:
+  using L = Lane<Scalar>;
+  static constexpr bool kNarrow = sizeof(Logit) == 2;
+  // Evaluated together, while as many more are on their way: 24 KiB a multiprocessor, or more.
+  static constexpr int kQuads = sizeof(Logit) == 8 || sizeof(Label) == 8 ? 1 : kNarrow ? 4 : 2;
+
+  __device__ bool with_loss() const { return problem_.loss.data; }
+  __device__ bool with_gradient() const { return problem_.gradient.data; }
+  __device__ bool is_broadcast(const Operand& operand) const {
+    return operand.strides[problem_.rank - 1] == 0;
+  }
+  __device__ Scalar factor_at(int64_t i) const {
+    const Scalar scale = static_cast<const Scalar*>(problem_.scale.data)[start_.scale + i];
+    return static_cast<Scalar>(scale * problem_.inverse_count);
+  }
+  __device__ Scalar smoothing_at(int64_t i) const {
+    return static_cast<const Scalar*>(problem_.smoothing.data)[start_.smoothing + i];
+  }
+  __device__ void advance(int elements) {
+    left_ -= elements;
+    result_ += elements;
+    if (!is_broadcast(problem_.logits)) logits_ += elements;
+    if (!is_broadcast(problem_.labels)) labels_ += elements;
+  }
+
+  // Whether every element has one factor and one smoothing, and results of 16-bit logits have 16
+  // bits too, or are sums.
+  __device__ bool is_usual() const {
+    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing);
+    if constexpr (kNarrow) {
+      const auto fits = [](const Result& result) {
+        return !result.data || is_narrow<Logit, Scalar>(result);
+      };
+      const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_at(0)));
+      usual = usual && fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss)) &&
+              divisor > 0x1p-60f && divisor < 0x1p60f;
     }
-    Scalar loss[kQuad], gradient[kQuad];
-    const auto evaluate = [&](auto is_common) {
-      constexpr bool kCommon = decltype(is_common)::value;
+    return usual;
+  }
+
+  // Whether, besides, nothing but the values of logits and labels can keep evaluate_plain from all
+  // of it: as in nearly all training.
+  __device__ bool is_plain() const {
+    const auto fits = [&](const Result& result) {
+      return !result.data || is_aligned(static_cast<Logit*>(result.data) + result_);
+    };
+    return is_usual() && smoothing_at(0) == 0 && !is_broadcast(problem_.logits) &&
+           !is_broadcast(problem_.labels) && is_aligned(logits_) && is_aligned(labels_) &&
+           fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
+  }
+
+  // Evaluates quads as long as they are whole, in the common range, and their labels 0 or 1.
+  __device__ void evaluate_plain() {
+    const Scalar factor = factor_at(0), divisor = L::reciprocal(factor);
+    const Label one = one_of<Label>(problem_.labels.type);
+    constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
+    Quad<Logit> next_logits[kQuads];
+    Quad<Label> next_labels[kQuads];
+    const auto fetch = [&](int ahead) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const Exponential<L> exponential = exp_of<L, kCommon>(x[c]);
-        const Scalar factor = one_factor || c >= left ? row_factor : factor_at(begin + index + c);
-        Scalar smoothing = 0;
-        if (!kCommon && c < left)
-          smoothing = one_smoothing ? row_smoothing : smoothing_at(begin + index + c);
-        if (with_loss) {
-          const Pair<Scalar> pair = loss_of<L, kCommon>(x[c], y[c], smoothing, exponential);
-          if (problem.reduce) {
-            high[c] += pair.high;
-            low[c] += pair.low;
-          } else {
-            loss[c] = scaled<Logit>(pair, factor, narrow_loss);
-          }
-        }
-        if (with_gradient)
-          gradient[c] = scaled<Logit>(gradient_of<L, kCommon>(x[c], y[c], smoothing, exponential),
-                                      factor, narrow_gradient);
+      for (int q = 0; q < kQuads; ++q) {
+        next_logits[q] = Quad<Logit>::load(logits_ + ahead + 32 * q);
+        next_labels[q] = Quad<Label>::load(labels_ + ahead + 32 * q);
       }
     };
-    if (common)
-      evaluate(std::true_type());
-    else
-      evaluate(std::false_type());
-
-    if (with_loss && !problem.reduce)
-      store<Logit>(problem.loss, narrow_loss, result_start + index, left, loss);
-    if (with_gradient)
-      store<Logit>(problem.gradient, narrow_gradient, result_start + index, left, gradient);
+    if (left_ >= kLast) fetch(0);
+#pragma unroll 1
+    for (; left_ >= kLast; left_ -= kStep) {
+      Quad<Logit> logits[kQuads];
+      Quad<Label> labels[kQuads];
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) logits[q] = next_logits[q], labels[q] = next_labels[q];
+      if (left_ >= kStep + kLast) fetch(kStep);
+      if constexpr (kNarrow) {
+        uint32_t signs[kQuads][2];
+        Scalar z[kQuads][kQuad];
+        bool common = true;
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q) {
+          common = signs_of(labels[q], one, signs[q]) && common;
+          const uint32_t turned[] = {logits[q].vectors[0].x ^ signs[q][0],
+                                     logits[q].vectors[0].y ^ signs[q][1]};
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            z[q][c] = convert_pair(Logit(), turned[c / 2], c % 2);
+            common &= is_common(z[q][c]);
+          }
+        }
+        if (!common) return;
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q)
+          evaluate_narrow(z[q], signs[q], factor, divisor, result_ + 32 * q);
+      } else {
+        bool common = true;
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q) {
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            const Label label = labels[q].get(c);
+            common &= is_common(convert(logits[q].get(c))) & (label == 0 || label == one);
+          }
+        }
+        if (!common) return;
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q) {
+          Scalar loss[kQuad] = {}, gradient[kQuad] = {};
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            // A label of 1 is one of 0 with everything turned round.
+            const bool turn = labels[q].get(c) == one;
+            const Scalar x = convert(logits[q].get(c));
+            evaluate_element<true>(c, turn ? -x : x, 0, 0, factor, loss, gradient);
+            if (turn) gradient[c] = -gradient[c];
+          }
+          if (with_loss() && !problem_.reduce)
+            store_plain(problem_.loss, result_ + 32 * q, Quad<Logit>::rounded(loss));
+          if (with_gradient())
+            store_plain(problem_.gradient, result_ + 32 * q, Quad<Logit>::rounded(gradient));
+        }
+      }
+      logits_ += kStep, labels_ += kStep, result_ += kStep;
+    }
   }
-  BCE_UNROLL
-  for (int c = 0; c < kQuad; ++c) high[c] += low[c];
-  return (high[0] + high[2]) + (high[1] + high[3]);
-}
+
+  __device__ static bool is_common(Scalar x) {
+    return magnitude_of<L>(x) <= Format<Scalar>::kCommon;
+  }
+
+  __device__ void evaluate_narrow(const Scalar* z, const uint32_t* signs, Scalar factor,
+                                  Scalar divisor, int64_t result) {
+    Narrow<L> narrow[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L>(z[c]);
+    if (with_loss() && problem_.reduce) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) add_log1p(c, narrow[c]);
+      // Rounded at most once.
+      high_[0] += L::max(z[0], 0) + L::max(z[2], 0);
+      high_[1] += L::max(z[1], 0) + L::max(z[3], 0);
+    } else if (with_loss()) {
+      const auto loss = [&](int c) {
+        return factor *
+               L::fma(2, narrow[c].half_log1p.high + narrow[c].half_log1p.low, L::max(z[c], 0));
+      };
+      store_plain(problem_.loss, result,
+                  {{{bits_of(loss(0), loss(1)), bits_of(loss(2), loss(3))}}});
+    }
+    if (with_gradient()) {
+      const auto gradient = [&](int c) { return hard_gradient_of<L>(z[c], narrow[c].e, divisor); };
+      store_plain(problem_.gradient, result,
+                  {{{signs[0] ^ bits_of(gradient(0), gradient(1)),
+                     signs[1] ^ bits_of(gradient(2), gradient(3))}}});
+    }
+  }
+
+  __device__ void add_log1p(int c, const Narrow<L>& narrow) {
+    high_[c] = ::fma(2.0, static_cast<double>(narrow.half_log1p.high), high_[c]);
+    low_[c] = L::fma(2, narrow.half_log1p.low, low_[c]);
+  }
+
+  __device__ static void store_plain(const Result& result, int64_t offset,
+                                     const Quad<Logit>& quad) {
+    quad.store(static_cast<Logit*>(result.data) + offset);
+  }
+
+  __device__ static uint32_t bits_of(Scalar a, Scalar b) {
+    const auto pair = round_pair(Logit(), a, b);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+  }
+
+  // The next four elements, whatever they are, as far as they exist.
+  __device__ void evaluate_quad() {
+    // What is not there, with label 0 and no smoothing, has a loss of exactly 0.
+    Logit minus_infinity;
+    round_to(&minus_infinity, -Format<Scalar>::kInfinity);
+    const auto logits = load(logits_, is_broadcast(problem_.logits), left_, minus_infinity);
+    const auto labels = load(labels_, is_broadcast(problem_.labels), left_, Label(0));
+    Scalar x[kQuad], y[kQuad], loss[kQuad] = {}, gradient[kQuad] = {};
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      x[c] = convert(logits.get(c));
+      y[c] = label_of<Scalar>(problem_.labels.type, labels.get(c));
+    }
+    const int64_t column = result_ - row_ * problem_.columns();
+    const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
+    bool narrow = kNarrow && left_ >= kQuad && is_usual();
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) narrow = narrow && is_common(x[c]) && y[c] >= 0 && y[c] <= 1;
+    if (narrow) {
+      if constexpr (kNarrow) evaluate_soft(x, y, row_smoothing, row_factor, loss, gradient);
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        Scalar factor = row_factor, smoothing = c < left_ ? row_smoothing : 0;
+        if (c < left_ && !is_broadcast(problem_.scale)) factor = factor_at(column + c);
+        if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing = smoothing_at(column + c);
+        evaluate_element<false>(c, x[c], y[c], smoothing, factor, loss, gradient);
+      }
+    }
+    if (with_loss() && !problem_.reduce) store<Logit>(problem_.loss, result_, left_, loss);
+    if (with_gradient()) store<Logit>(problem_.gradient, result_, left_, gradient);
+  }
+
+  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, Scalar smoothing, Scalar factor,
+                                Scalar* loss, Scalar* gradient) {
+    const Scalar divisor = L::reciprocal(factor);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      const Narrow<L> narrow = narrow_of<L>(x[c]);
+      const double linear = soft_coefficient_of<double>(x[c], y[c], smoothing) * ::fabs(x[c]);
+      if (with_loss() && problem_.reduce) {
+        add_log1p(c, narrow);
+        high_[c] += linear;
+      } else if (with_loss()) {
+        const Scalar log1p = narrow.half_log1p.high + narrow.half_log1p.low;
+        loss[c] = factor * L::fma(2, log1p, static_cast<Scalar>(linear));
+      }
+      if (with_gradient())
+        gradient[c] = soft_gradient_of<L>(x[c], soft_coefficient_of<Scalar>(x[c], y[c], smoothing),
+                                          narrow.e, divisor);
+    }
+  }
+
+  template <bool kCommon>
+  __device__ void evaluate_element(int c, Scalar x, Scalar y, Scalar smoothing, Scalar factor,
+                                   Scalar* loss, Scalar* gradient) {
+    const Exponential<L> exponential = exp_of<L, kCommon>(x);
+    if (with_loss()) {
+      const Pair<Scalar> pair = loss_of<L, kCommon>(x, y, smoothing, exponential);
+      if (problem_.reduce) {
+        high_[c] += pair.high;
+        low_[c] += pair.low;
+      } else {
+        loss[c] = scaled<Logit>(pair, factor, is_narrow<Logit, Scalar>(problem_.loss));
+      }
+    }
+    if (with_gradient())
+      gradient[c] = scaled<Logit>(gradient_of<L, kCommon>(x, y, smoothing, exponential), factor,
+                                  is_narrow<Logit, Scalar>(problem_.gradient));
+  }
+
+  const Problem& problem_;
+  const int64_t row_;
+  const RowStart& start_;
+  // Of what is to be done: how many elements, where they are (if not broadcast), where results go.
+  int left_;
+  const Logit* logits_;
+  const Label* labels_;
+  int64_t result_;
+  double high_[kQuad] = {};
+  Scalar low_[kQuad] = {};
+};
 
 // Rows of at most a group: a warp for each.
 template <class Logit, class Label>
-__global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 || sizeof(Label) == 8 ? 2 : 3)
-    short_rows(const Problem problem) {
+__global__ void __launch_bounds__(kThreads, 2) short_rows(const Problem problem) {
   const int64_t rows = problem.rows();
   const int64_t first = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
   for (int64_t row = first; row < rows; row += gridDim.x * int64_t{kWarps}) {
     const RowStart start = problem.row_start(row);
-    const double sum = evaluate_group<Logit, Label>(problem, row, start, 0);
+    const double sum = Share<Logit, Label>(problem, row, start, 0).evaluate();
     if (!problem.reduce) continue;
     const double total = fold(sum);
     if (threadIdx.x % kWarp == 0)
@@ -304,14 +595,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 || sizeof(Label) 
 
 // Longer rows: a thread block for each block.
 template <class Logit, class Label>
-__global__ void __launch_bounds__(kThreads, sizeof(Logit) == 8 || sizeof(Label) == 8 ? 2 : 3)
-    long_rows(const Problem problem, double* workspace) {
+__global__ void __launch_bounds__(kThreads, 2) long_rows(const Problem problem, double* workspace) {
   const int64_t rows = problem.rows();
   const int64_t begin = blockIdx.x * kBlock + threadIdx.x / kWarp * kGroup;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     const RowStart start = problem.row_start(row);
     const double sum =
-        begin < problem.columns() ? evaluate_group<Logit, Label>(problem, row, start, begin) : 0;
+        begin < problem.columns() ? Share<Logit, Label>(problem, row, start, begin).evaluate() : 0;
     if (!problem.reduce) continue;
     const double total = sum_of_warps(sum);
     if (threadIdx.x != 0) continue;

@@ -70,11 +70,26 @@ struct Format<float> {
                              0x1.6d2e06p-10f, 0x1.a2d99ap-13f);
   }
 
+  // The same to 2^-26, for narrow_of.
+  template <class Lanes>
+  static BCE_INLINE typename Lanes::Float short_exp_tail(typename Lanes::Float r) {
+    return polynomial<Lanes>(r, 0x1p-1f, 0x1.5554dcp-3f, 0x1.5554eap-5f, 0x1.120c08p-7f,
+                             0x1.6d4bfep-10f);
+  }
+
   // (artanh(w) - w) / w^3 as a polynomial in w^2, |w| <= 1/3, to a relative 2^-31 of artanh(w)
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float artanh_tail(typename Lanes::Float w2) {
     return polynomial<Lanes>(w2, 0x1.555556p-2f, 0x1.999866p-3f, 0x1.24d76ep-3f, 0x1.bb3124p-4f,
                              0x1.e1216p-4f);
+  }
+
+  // The same to 2^-26, for narrow_of.
+  template <class Lanes>
+  static BCE_INLINE typename Lanes::Float short_artanh_tail(typename Lanes::Float w2) {
+    const auto tail = Lanes::fma(w2, Lanes::set(0x1.134bc6p-3f), Lanes::set(0x1.211636p-3f));
+    return Lanes::fma(w2, Lanes::fma(w2, tail, Lanes::set(0x1.99ae06p-3f)),
+                      Lanes::set(0x1.55554cp-2f));
   }
 };
 
@@ -125,9 +140,15 @@ BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   return {sum, (a - (sum - b_part)) + (b - b_part)};
 }
 
-// exp(-|x|) = (e + e_low) scale. The power of two goes on in two steps, scale after log1p and
+// exp(-|x|) = power (1 + s) scale. The power of two goes on in two steps, scale after log1p and
 // sigmoid, which are the identity on tiny numbers: so that the pairs stay normal and a subnormal
 // result is rounded from all its digits. scale is 1 unless the number is tiny.
+template <class Lanes>
+struct FactoredExponential {
+  typename Lanes::Float power, s, scale;
+};
+
+// exp(-|x|) = (e + e_low) scale.
 template <class Lanes>
 struct Exponential {
   typename Lanes::Float e, e_low, scale;
@@ -164,8 +185,8 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
 // kCommon promises a logit within Format::kCommon of 0, a label of 0 or 1 and no smoothing, as
 // nearly all training has: operations that would change nothing then are left out, and the bits are
 // the same.
-template <class Lanes, bool kCommon = false>
-BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
+template <class Lanes, bool kCommon, bool kShort = false>
+BCE_INLINE FactoredExponential<Lanes> factored_exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
   using Float = typename Lanes::Float;
   using F = Format<Scalar>;
@@ -180,7 +201,12 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   const Float r_high = Lanes::fma(exponent, Lanes::set(-F::kLn2High), -a);
   // What r's rounding loses, up to a fifth of an ulp of e, is the one part that no pair carries.
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
-  const Float s = Lanes::fma(r * r, F::template exp_tail<Lanes>(r), r);
+  Float tail;
+  if constexpr (kShort)
+    tail = F::template short_exp_tail<Lanes>(r);
+  else
+    tail = F::template exp_tail<Lanes>(r);
+  const Float s = Lanes::fma(r * r, tail, r);
   const auto power_of = [](Float biased) {
     return Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
   };
@@ -189,9 +215,14 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
     first = Lanes::max(Lanes::set(F::kRound + F::kExponentBias + F::kTinyExponent), biased);
     scale = power_of(biased - first + round);
   }
-  const Float power = power_of(first);
-  const Float e = Lanes::fma(s, power, power);
-  return {e, Lanes::fma(s, power, power - e), scale};
+  return {power_of(first), s, scale};
+}
+
+template <class Lanes, bool kCommon = false>
+BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
+  const FactoredExponential<Lanes> f = factored_exp_of<Lanes, kCommon>(logit);
+  const typename Lanes::Float e = Lanes::fma(f.s, f.power, f.power);
+  return {e, Lanes::fma(f.s, f.power, f.power - e), f.scale};
 }
 
 // c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is rounded before the other is
@@ -282,6 +313,57 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
   const auto sign = sign_of<Lanes>(logit);
   return {Lanes::from_bits(Lanes::to_bits(difference.high) ^ sign),
           Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
+}
+
+// The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a
+// gradient that is rounded to 16 bits needs no pair. The loss, which may be added up, still has
+// one.
+template <class Lanes>
+struct Narrow {
+  typename Lanes::Float e;
+  Pair<typename Lanes::Float> half_log1p;  // to a relative 2^-24
+};
+
+template <class Lanes>
+BCE_INLINE Narrow<Lanes> narrow_of(typename Lanes::Float logit) {
+  using Float = typename Lanes::Float;
+  using F = Format<typename Lanes::Scalar>;
+  const FactoredExponential<Lanes> f = factored_exp_of<Lanes, true, true>(logit);
+  const Float e = Lanes::fma(f.s, f.power, f.power);
+
+  // As in loss_of. The remainder is that of the number that e was rounded from.
+  const Float two = Lanes::set(2), reciprocal = Lanes::reciprocal(two + e), w = e * reciprocal;
+  const Float remainder = Lanes::fma(-w, e, Lanes::fma(f.s, f.power, Lanes::fma(w, -two, f.power)));
+  const Float w2 = w * w;
+  const Float tail = F::template short_artanh_tail<Lanes>(w2);
+  return {e, {w, Lanes::fma(w * w2, tail, remainder * reciprocal)}};
+}
+
+// gradient / divisor, to a relative 2^-21, for a label of 0. One of 1 turns the sign of the logit
+// before, and of the gradient after.
+template <class Lanes>
+BCE_INLINE typename Lanes::Float hard_gradient_of(typename Lanes::Float logit,
+                                                  typename Lanes::Float e,
+                                                  typename Lanes::Float divisor) {
+  const auto numerator = Lanes::select(logit >= Lanes::set(0), Lanes::set(1), e);
+  return numerator * Lanes::reciprocal(Lanes::fma(e, divisor, divisor));
+}
+
+// For a label from 0 to 1: c, where Wide says how exactly, and gradient / divisor, to 2^-21 of the
+// larger of its two terms.
+template <class Wide, class Scalar>
+BCE_INLINE Wide soft_coefficient_of(Scalar logit, Scalar label, Scalar smoothing) {
+  const Wide c = logit >= 0 ? 1 - Wide(label) : Wide(label);
+  return c + smoothing * (Wide(0.5) - c);
+}
+
+template <class Lanes>
+BCE_INLINE typename Lanes::Float soft_gradient_of(typename Lanes::Float logit,
+                                                  typename Lanes::Float c, typename Lanes::Float e,
+                                                  typename Lanes::Float divisor) {
+  const auto numerator = Lanes::fma(c - Lanes::set(1), e, c);
+  return Lanes::select(logit >= Lanes::set(0), numerator, -numerator) *
+         Lanes::reciprocal(Lanes::fma(e, divisor, divisor));
 }
 
 }  // namespace jax_bce

@@ -11,8 +11,9 @@ namespace {
 
 using namespace jax_bce;
 
-// All that may differ from the CPU kernel. On the host, nothing. A GPU divides float32 numbers
-// with an error of an ulp in a few of 2^27 (bce_cuda.cu), and that reaches a loss at times.
+// All that may differ from the CPU kernel. Of float32 logits on the host, nothing. A GPU divides
+// float32 numbers with an error of an ulp in a few of 2^27 (bce_cuda.cu), and that reaches a loss
+// at times. 16-bit logits have a shorter arithmetic there (narrow_of); `exact` has the bounds.
 constexpr bool kOnGpu = CUDART_VERSION > 0;
 
 struct Comparison {
@@ -23,8 +24,11 @@ struct Comparison {
 
   bool holds() const { return (different - 1) * among <= results; }
 };
-Comparison losses{"losses of float32 arithmetic", kOnGpu ? 1 : 0, 1'000'000};
-Comparison others{"gradients, and losses of float64", 0, 1};
+Comparison losses{"losses of float32 logits", kOnGpu ? 1 : 0, 1'000'000};
+Comparison others{"gradients of float32 logits, and results of float64 ones", 0, 1};
+Comparison narrow{"16-bit results", 2, 1'000};
+Comparison narrow_sums{"summed losses of 16-bit logits", 2, 1};
+Comparison wide{"32-bit results of 16-bit logits", kOnGpu ? 1 : 0, 1'000'000};
 
 constexpr Type kTypes[] = {Type::kF16, Type::kBF16, Type::kF32, Type::kF64, Type::kBool,
                            Type::kI8,  Type::kU8,   Type::kI16, Type::kI32, Type::kI64};
@@ -75,9 +79,15 @@ bool check(const Case& c, cudaStream_t stream) {
   call.enqueue(stream);
   must(cudaStreamSynchronize(stream));
   int64_t first = -1;
-  Comparison* of_losses = call.arithmetic == Type::kF32 ? &losses : &others;
+  const bool is_narrow = width(c.logits) == 2;
+  Comparison* of_losses = c.logits == Type::kF32      ? &losses
+                          : !is_narrow                ? &others
+                          : c.reduce                  ? &narrow_sums
+                          : width(call.loss_type) > 2 ? &wide
+                                                      : &narrow;
+  Comparison* of_gradients = !is_narrow ? &others : width(call.gradient_type) > 2 ? &wide : &narrow;
   const int64_t count = too_far(of_losses, call.loss_type, call.loss, &first) +
-                        too_far(&others, call.gradient_type, call.gradient, &first);
+                        too_far(of_gradients, call.gradient_type, call.gradient, &first);
   if (count)
     std::printf(
         "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
@@ -86,6 +96,86 @@ bool check(const Case& c, cudaStream_t stream) {
         name(c.labels), static_cast<long long>(c.rows), static_cast<long long>(c.columns), c.offset,
         c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth);
   return !count;
+}
+
+template <class To>
+To cast(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+
+double number(Type type, uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  return type == Type::kF16 ? double{cast<_Float16>(&half)} : double{cast<float>(&bits)};
+}
+
+double number(Type type, const std::vector<char>& results, int64_t i) {
+  return type == Type::kF32 ? cast<float>(&results[4 * i])
+                            : number(type, cast<uint16_t>(&results[2 * i]));
+}
+
+// Of a 16-bit type.
+double ulp(Type type, long double value) {
+  const int digits = type == Type::kF16 ? 11 : 8, least = type == Type::kF16 ? -14 : -126;
+  const int exponent = value == 0 ? least : std::max(std::ilogb(value), least);
+  return std::ldexp(1.0, exponent - digits + 1);
+}
+
+std::vector<double> finite_logits(Type type, int step) {
+  std::vector<double> logits;
+  for (int bits = 0; bits < 65536; bits += step) {
+    const double x = number(type, static_cast<uint16_t>(bits));
+    if (std::isfinite(x)) logits.push_back(x);
+  }
+  return logits;
+}
+
+// Every finite logit of a 16-bit type: element by element, within 0.502 ulp (of the larger of the
+// gradient's terms). And some, as the mean of 1024 like it, within a relative 2^-23.
+bool exact(Type type, double label, double smoothing, cudaStream_t stream) {
+  double worst_loss = 0, worst_gradient = 0, worst_mean = 0;
+  const auto of = [&](bool mean) {
+    const std::vector<double> logits = finite_logits(type, mean ? 61 : 1);
+    const int64_t size = logits.size();
+    const int64_t columns = mean ? 1024 : size, rows = mean ? size : 1;
+    Call call({type, Type::kF32, rows, columns, 0, mean, true, true, false, false, false,
+               smoothing != 0});
+    for (int64_t i = 0; i < call.size; ++i) {
+      call.logits.set(i, logits[mean ? i / columns : i]);
+      call.labels.set(i, label);
+    }
+    for (int64_t i = 0; i < call.smoothings_size; ++i) call.smoothing.set(i, smoothing);
+    for (const Array* operand : {&call.logits, &call.labels, &call.smoothing}) operand->upload();
+    Problem problem = call.problem(&Array::device);
+    problem.smoothing.strides[0] = problem.smoothing.strides[1] = 0;
+    call.enqueue(problem, stream);
+    must(cudaStreamSynchronize(stream));
+    const std::vector<char> loss = call.loss.download(), gradient = call.gradient.download();
+    for (int64_t i = 0; i < size; ++i) {
+      const long double x = logits[i], e = std::exp(-std::fabs(x)), s = smoothing;
+      const long double y = (long double){static_cast<float>(label)} * (1 - s) + s / 2;
+      const long double c = x >= 0 ? 1 - y : y;
+      const long double exact_loss = std::log1p(e) + (c == 0 ? 0 : c * std::fabs(x));
+      const long double off = number(call.loss_type, loss, i) - exact_loss;
+      if (mean) {
+        if (exact_loss > 1e-30)  // what is subnormal has fewer digits
+          worst_mean = std::max<double>(worst_mean, std::fabs(off) / exact_loss);
+        continue;
+      }
+      worst_loss = std::max<double>(worst_loss, std::fabs(off) / ulp(type, exact_loss));
+      const long double larger = std::max(c, (1 - c) * e) / (1 + e);
+      const long double exact_gradient = (x >= 0 ? 1 : -1) * (c - (1 - c) * e) / (1 + e);
+      const long double gradient_off = number(type, gradient, i) - exact_gradient;
+      worst_gradient =
+          std::max<double>(worst_gradient, std::fabs(gradient_off) / ulp(type, larger));
+    }
+  };
+  of(false);
+  of(true);
+  std::printf("%s, label %g, smoothing %g: loss %.5f ulp, gradient %.5f ulp, mean 2^%.2f\n",
+              name(type), label, smoothing, worst_loss, worst_gradient, std::log2(worst_mean));
+  return worst_loss <= 0.502 && worst_gradient <= 0.502 && worst_mean <= std::ldexp(1, -23);
 }
 
 }  // namespace
@@ -126,8 +216,11 @@ int main(int count, char** arguments) {
                  reduce && (results & 1), (results & 1) != 0, (results & 2) != 0, one_label, scales,
                  wide, cases % 3 == 0});
       }
+  for (Type type : {Type::kF16, Type::kBF16})
+    for (double label : {0.0, 1.0, 0.1, 0.9})
+      for (double smoothing : {0.0, 0.1}) ++cases, failed += !exact(type, label, smoothing, stream);
   must(cudaStreamDestroy(stream));
-  for (const Comparison& comparison : {losses, others}) {
+  for (const Comparison& comparison : {losses, others, narrow, narrow_sums, wide}) {
     std::printf("%lld %s, %lld differ\n", static_cast<long long>(comparison.results),
                 comparison.what, static_cast<long long>(comparison.different));
     failed += !comparison.holds();

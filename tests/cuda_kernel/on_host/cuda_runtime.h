@@ -19,6 +19,17 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -156,3 +167,11 @@ To cast_bits(From from) {
 }
 inline float __uint_as_float(unsigned bits) { return cast_bits<float>(bits); }
 inline double __longlong_as_double(long long bits) { return cast_bits<double>(bits); }
+// Of the bytes of low and high, numbered 0 to 7, those that the selector's digits name.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long bytes = low | static_cast<unsigned long long>(high) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
