@@ -4,7 +4,7 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt cuda.cmake $(wildcard csrc/* src/jax_bce/*)
 
-.PHONY: demo test lint exhaustive bench clean
+.PHONY: demo test lint exhaustive bench gpu-check clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
@@ -25,6 +25,12 @@ exhaustive: $(VENV)/.test
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
 bench: $(VENV)/.bench
 	$(RUN) benchmarks/bench.py $(BENCH)
+
+# On a machine with an NVIDIA GPU, with the packages of $(PYTHON) and no network: builds, runs every
+# test, the exhaustive run and the benchmark, and leaves a record in benchmarks/results/.
+# GPU_CHECK="--steps build,tests" narrows it.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(GPU_CHECK)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
