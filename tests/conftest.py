@@ -1,67 +1,61 @@
-"""What every test shares: JAX on 8 CPU devices, the implementations, and the comparison in ulp.
+"""What every test shares: JAX on a platform, the implementations, and the comparison in ulp.
 
 A kernel that is not there skips its tests with the reason. Where `JAX_BCE_REQUIRE` (a list such as
-"cpu,nvcc") names it, they fail instead: in CI a skip must not hide that nothing was tested.
-The terminal summary prints the largest error that each kind of comparison reached.
+"cpu,nvcc") names it, they fail instead. The terminal summary prints the largest error that each
+kind of comparison reached.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 
-# Read by XLA when it starts: before any test imports jax.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+import platforms  # isort: skip  # before jax: it says what XLA reads when it starts
 import jax
 import numpy as np
 import oracle
 import pytest
 from numpy.typing import ArrayLike
 
-REQUIRED = set(filter(None, os.environ.get("JAX_BCE_REQUIRE", "").split(",")))
 
-
-def _missing(name: str) -> str | None:
-    """Why a kernel, or the CUDA compiler, is not there; None if it is."""
-    if name == "nvcc":
-        return None if shutil.which("nvcc") else "nvcc is not on the PATH"
-    try:
-        from jax_bce import _primitive
-
-        return _primitive.missing(name)
-    except (ImportError, AttributeError) as error:
-        return str(error)
-
-
-def _require(name: str) -> None:
-    reason = _missing(name)
-    if reason is not None and name in REQUIRED:
-        pytest.fail(f"JAX_BCE_REQUIRE names {name}, but {reason}", pytrace=False)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+def pytest_report_header() -> str:
+    tested = ", ".join(platforms.PLATFORMS)
+    reason = platforms.missing("cuda")
+    return f"platforms: {tested}" + (f" (cuda: {reason})" if reason else "")
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], None]:
     """`require("cpu")` skips the test, or fails it, where that kernel is missing."""
-    return _require
+    return platforms.require
 
 
-@pytest.fixture(params=["xla", "cpu"])
-def implementation(request: pytest.FixtureRequest) -> str:
-    if request.param != "xla":
-        _require(request.param)
-    return request.param
+@pytest.fixture(params=platforms.PLATFORMS)
+def platform(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each platform's kernel, on that platform, for what only a kernel promises."""
+    with platforms.kernel(request.param) as name:
+        yield name
 
 
 @pytest.fixture
-def cpu() -> str:
-    """The CPU kernel, for what only a kernel promises."""
-    _require("cpu")
-    return "cpu"
+def cpu() -> Iterator[str]:
+    """The CPU kernel, for what no GPU has."""
+    with platforms.kernel("cpu") as name:
+        yield name
+
+
+@pytest.fixture
+def cuda() -> Iterator[str]:
+    """The CUDA kernel, for what only a GPU shows."""
+    with platforms.kernel("cuda") as name:
+        yield name
+
+
+@pytest.fixture(params=platforms.IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each platform's kernel, and XLA's own path there, which is called "xla" on all of them."""
+    platform, way = request.param.split("-")
+    if request.param != "cpu-xla":  # which is there without any kernel
+        platforms.require(platform)
+    with platforms.on(platform):
+        yield "xla" if way == "xla" else platform
 
 
 def _dtype(request: pytest.FixtureRequest) -> Iterator[np.dtype]:
@@ -82,7 +76,12 @@ class Check:
     """Compares results with exact values, and keeps the largest error for the summary."""
 
     def __init__(self, record: Callable[[str, object], None]) -> None:
-        self._record = record
+        self._record_property = record
+
+    def _record(self, what: str, value: float) -> None:
+        device = jax.config.jax_default_device
+        where = "" if device is None or device.platform == "cpu" else "on a GPU: "
+        self._record_property(f"{where}{what}", value)
 
     def ulps(
         self,

@@ -5,7 +5,6 @@ loss is within 2^-23 of the sum of its exact elements, whatever they are.
 """
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from functools import partial
 import jax
 import numpy as np
 import oracle
+import platforms
 import pytest
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
@@ -48,19 +48,19 @@ def inputs(shape, dtype=FLOAT32) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_every_run(cpu: str, dtype: np.dtype, reduction: str) -> None:
+def test_every_run(platform: str, dtype: np.dtype, reduction: str) -> None:
     logits, labels = inputs(SIZE, dtype)
-    call = partial(jax_bce.loss_and_grad, reduction=reduction, implementation=cpu)
+    call = partial(jax_bce.loss_and_grad, reduction=reduction, implementation=platform)
     expected = call(logits, labels)
     for _ in range(5):
         oracle.assert_same_bits(call(logits, labels), expected)
 
 
 @pytest.mark.parametrize("dtype", oracle.FLOATS[:3], ids=str)
-def test_every_position(cpu: str, dtype: np.dtype) -> None:
+def test_every_position(platform: str, dtype: np.dtype) -> None:
     """In a full vector, in a tail, alone: an element has the same result."""
     logits, labels = inputs(1003, dtype)
-    call = partial(jax_bce.loss_and_grad, reduction="none", implementation=cpu)
+    call = partial(jax_bce.loss_and_grad, reduction="none", implementation=platform)
     expected = call(logits, labels)
     for start, stop in ((0, 1), (1, 1003), (3, 10), (500, 517), (1002, 1003), (7, 1000)):
         part = call(logits[start:stop], labels[start:stop])
@@ -71,12 +71,12 @@ def test_every_position(cpu: str, dtype: np.dtype) -> None:
 
 
 @pytest.mark.parametrize("intruder", [(np.inf, 0.0), (np.nan, 1.0), (1.0, 0.3)], ids=str)
-def test_every_neighbour(cpu: str, dtype: np.dtype, intruder: tuple[float, float]) -> None:
+def test_every_neighbour(platform: str, dtype: np.dtype, intruder: tuple[float, float]) -> None:
     """An element far out, or a soft label, changes the kernel's path for those around it."""
     logits = oracle.walk(dtype, 51_200, 1e-7, 60.0)
     logits = np.concatenate([logits, -logits])[:102_000]
     labels = np.random.default_rng(3).integers(0, 2, logits.size).astype(dtype)
-    call = partial(jax_bce.loss_and_grad, reduction="none", implementation=cpu)
+    call = partial(jax_bce.loss_and_grad, reduction="none", implementation=platform)
     disturbed = [
         np.insert(values, range(0, values.size, 100), np.asarray(value, dtype))
         for values, value in zip((logits, labels), intruder, strict=True)
@@ -87,10 +87,10 @@ def test_every_neighbour(cpu: str, dtype: np.dtype, intruder: tuple[float, float
 
 @pytest.mark.parametrize("shape", [(64, 1001), (7, 40_003), (1000, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_batch_of_rows(cpu: str, dtype: np.dtype, shape: tuple[int, int]) -> None:
+def test_batch_of_rows(platform: str, dtype: np.dtype, shape: tuple[int, int]) -> None:
     """Rows in another order, in smaller batches or one by one."""
     logits, labels = inputs(shape, dtype)
-    call = jax.jit(partial(jax_bce.loss_and_grad, axis=-1, implementation=cpu))
+    call = jax.jit(partial(jax_bce.loss_and_grad, axis=-1, implementation=platform))
     expected = tuple(map(np.asarray, call(logits, labels)))
     order = np.random.default_rng(4).permutation(len(logits))
     oracle.assert_same_bits(call(logits[order], labels[order]), tuple(r[order] for r in expected))
@@ -98,12 +98,12 @@ def test_batch_of_rows(cpu: str, dtype: np.dtype, shape: tuple[int, int]) -> Non
         parts = [call(logits[rows], labels[rows]) for rows in (slice(split), slice(split, None))]
         joined = tuple(np.concatenate(results) for results in zip(*parts, strict=True))
         oracle.assert_same_bits(joined, expected)
-    alone = jax_bce.loss_and_grad(logits[-1], labels[-1], implementation=cpu)
+    alone = jax_bce.loss_and_grad(logits[-1], labels[-1], implementation=platform)
     oracle.assert_same_bits(alone, tuple(r[-1] for r in expected))
 
 
 def test_implicit_choice_is_the_kernel(cpu: str) -> None:
-    """implementation=None is as deterministic as what it chooses."""
+    """On a CPU implementation=None is as deterministic as what it chooses."""
     logits, labels = inputs(SIZE)
     for reduction in ("none", "mean"):
         keywords = {"reduction": reduction}
@@ -117,16 +117,19 @@ def test_8_devices_at_once(cpu: str) -> None:
     logits, labels = inputs(SIZE)
     call = jax.jit(partial(jax_bce.loss_and_grad, implementation=cpu))
     expected = call(logits, labels)
-    assert len(jax.devices()) == 8
-    placed = [jax.device_put((logits, labels), device) for device in jax.devices()]
+    devices = jax.devices(cpu)
+    assert len(devices) == 8
+    placed = [jax.device_put((logits, labels), device) for device in devices]
     for results in [call(*operands) for operands in placed * 3]:
         oracle.assert_same_bits(results, expected)
 
 
-def test_calls_from_many_threads(cpu: str) -> None:
+def test_calls_from_many_threads(platform: str) -> None:
     """Handlers share nothing."""
-    problems = [inputs(SIZE - 1000 * i) for i in range(8)]
-    call = partial(jax_bce.loss_and_grad, implementation=cpu)
+    # Placed: the default device is this thread's, not the others'.
+    device = jax.devices(platform)[0]
+    problems = [jax.device_put(inputs(SIZE - 1000 * i), device) for i in range(8)]
+    call = partial(jax_bce.loss_and_grad, implementation=platform)
     expected = [call(*problem) for problem in problems]
     with ThreadPoolExecutor(8) as threads:
         for _ in range(3):
@@ -142,7 +145,7 @@ def run_with(threads: int, devices: int, instruction_set: str = "") -> dict:
     XLA takes the number of processors from NPROC, and at least one thread for each device.
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"NPROC": str(threads), "XLA_FLAGS": flags}
+    environment = platforms.environment("cpu") | {"NPROC": str(threads), "XLA_FLAGS": flags}
     environment["JAX_BCE_CPU"] = instruction_set
     # -P: the source folder holds no compiled modules. The limit: a deadlock is a failure.
     done = subprocess.run(
@@ -223,8 +226,8 @@ def test_sum(check, implementation: str, size: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_sum_of_millions(check, cpu: str, name: str) -> None:
-    check_sum(check, cpu, name, size=3_000_017)
+def test_sum_of_millions(check, platform: str, name: str) -> None:
+    check_sum(check, platform, name, size=3_000_017)
 
 
 @pytest.mark.parametrize("label", [0.1, 0.5, 0.9])
@@ -244,15 +247,17 @@ def test_sum_in_float64(check, implementation: str, dtype: np.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 50_001), (501, 301)], ids=str)
-def test_sums_of_rows(check, cpu: str, shape: tuple[int, int]) -> None:
+def test_sums_of_rows(check, platform: str, shape: tuple[int, int]) -> None:
     logits, labels = inputs(shape)
-    loss = jax_bce.loss(logits, labels, axis=-1, reduction="sum", implementation=cpu)
-    check.reduced(cpu, loss, oracle.exact(logits, labels).loss.sum(axis=-1))
+    loss = jax_bce.loss(logits, labels, axis=-1, reduction="sum", implementation=platform)
+    check.reduced(platform, loss, oracle.exact(logits, labels).loss.sum(axis=-1))
 
 
-def test_sum_in_any_order(check, cpu: str) -> None:
+def test_sum_in_any_order(check, platform: str) -> None:
     """Another order may change the last bit, and no more."""
     logits = _dynamic_range(SIZE).astype(FLOAT32)
     exact = oracle.exact(logits, 0).loss.sum()
     for values in (logits, logits[::-1], np.sort(logits), -np.sort(-logits)):
-        check.reduced(cpu, jax_bce.loss(values, 0, reduction="sum", implementation=cpu), exact)
+        check.reduced(
+            platform, jax_bce.loss(values, 0, reduction="sum", implementation=platform), exact
+        )

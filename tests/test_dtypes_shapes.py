@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import platforms
 import pytest
 from oracle import BFLOAT16, FLOAT16, FLOAT32
 
@@ -26,7 +27,11 @@ BLOCK_SIZES = (511, 512, 513, 16383, 16384, 16385, 65535, 65536, 65537, 300_001)
 
 
 # Every dtype by the kernel; XLA's side is the same code for all of them.
-IMPLEMENTED = [("xla", FLOAT32), *(("cpu", dtype) for dtype in oracle.FLOATS)]
+IMPLEMENTED = [
+    (name, dtype)
+    for name in platforms.IMPLEMENTATIONS
+    for dtype in (oracle.FLOATS if name.endswith("kernel") else [FLOAT32])
+]
 
 
 def inputs(shape, dtype, label_dtype, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -120,12 +125,13 @@ def test_one_label_for_all(check, implementation: str, dtype: np.dtype, shape, a
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 31, 32, 33, 64, 95, 96, 97, 257, 1025])
-def test_short_rows_add_up_like_long_ones(cpu: str, width: int) -> None:
+def test_short_rows_add_up_like_long_ones(platform: str, width: int) -> None:
     """Several of them in a tile, or each on its own: the same bits."""
     logits, labels = inputs((77, width), FLOAT32, np.uint8)
-    together = jax_bce.loss_and_grad(logits, labels, axis=-1, implementation=cpu)
+    together = jax_bce.loss_and_grad(logits, labels, axis=-1, implementation=platform)
     alone = [
-        jax_bce.loss_and_grad(*row, implementation=cpu) for row in zip(logits, labels, strict=True)
+        jax_bce.loss_and_grad(*row, implementation=platform)
+        for row in zip(logits, labels, strict=True)
     ]
     oracle.assert_same_bits(together[0], np.array([loss for loss, _ in alone]))
     oracle.assert_same_bits(together[1], np.array([gradient for _, gradient in alone]))
@@ -183,7 +189,7 @@ def test_integers_are_taken_at_their_value(
     [(FLOAT32, FLOAT32), (FLOAT32, "uint8"), (BFLOAT16, BFLOAT16), (FLOAT16, "int32")],
     ids=str,
 )
-def test_every_length(check, cpu: str, dtype: np.dtype, label_dtype: np.dtype) -> None:
+def test_every_length(check, platform: str, dtype: np.dtype, label_dtype: np.dtype) -> None:
     """0 to 130 elements, all in one compiled function, each a slice of its own offset."""
     logits, labels = inputs(300, dtype, label_dtype)
     lengths = range(131)
@@ -192,7 +198,7 @@ def test_every_length(check, cpu: str, dtype: np.dtype, label_dtype: np.dtype) -
     def all_lengths(logits, labels, reduction: str):
         return [
             jax_bce.loss_and_grad(
-                logits[n : 2 * n], labels[n : 2 * n], reduction=reduction, implementation=cpu
+                logits[n : 2 * n], labels[n : 2 * n], reduction=reduction, implementation=platform
             )
             for n in lengths
         ]
@@ -201,26 +207,26 @@ def test_every_length(check, cpu: str, dtype: np.dtype, label_dtype: np.dtype) -
         results = all_lengths(logits, labels, reduction=reduction)
         for n, result in zip(lengths, results, strict=True):
             of_n = logits[n : 2 * n], labels[n : 2 * n]
-            check_result(check, cpu, *of_n, result, reduction)
+            check_result(check, platform, *of_n, result, reduction)
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
-def test_lengths_around_blocks(check, cpu: str, size: int) -> None:
+def test_lengths_around_blocks(check, platform: str, size: int) -> None:
     logits, labels = inputs(size, FLOAT32, np.uint8)
-    check_call(check, cpu, logits, labels)
+    check_call(check, platform, logits, labels)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 31, 33, 511, 515, 16387])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_rows_at_misaligned_addresses(check, cpu: str, dtype: np.dtype, columns: int) -> None:
+def test_rows_at_misaligned_addresses(check, platform: str, dtype: np.dtype, columns: int) -> None:
     """Row i starts i * columns elements into an aligned buffer."""
     logits, labels = inputs((7, columns), dtype, np.uint8)
-    check_call(check, cpu, logits, labels, ("mean",), 1)
+    check_call(check, platform, logits, labels, ("mean",), 1)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 4, 8, 16, 64])
-def test_views_of_a_larger_buffer(check, cpu: str, offset: int) -> None:
-    """NumPy views at any byte, and slices under jit: whether XLA copies them or not."""
+def test_views_of_a_larger_buffer(check, platform: str, offset: int) -> None:
+    """NumPy views at any byte, and slices under jit: whether JAX copies them or not."""
     size = 1003
     logits, labels = inputs(size, FLOAT32, np.uint8)
     raw = np.zeros(logits.nbytes + 64, np.uint8)
@@ -228,28 +234,29 @@ def test_views_of_a_larger_buffer(check, cpu: str, offset: int) -> None:
     view = np.frombuffer(raw.data, np.float32, size, offset)
     oracle.assert_same_bits(view, logits)
 
-    sliced = jax.jit(lambda x, y: jax_bce.loss_and_grad(x[offset:], y[offset:], implementation=cpu))
+    call = partial(jax_bce.loss_and_grad, implementation=platform)
+    sliced = jax.jit(lambda x, y: call(x[offset:], y[offset:]))
     padding = np.zeros(offset, np.uint8)
     whole = np.concatenate([padding.astype(FLOAT32), logits]), np.concatenate([padding, labels])
-    expected = jax_bce.loss_and_grad(logits, labels, implementation=cpu)
-    check_result(check, cpu, logits, labels, expected, "mean")
-    oracle.assert_same_bits(jax_bce.loss_and_grad(view, labels, implementation=cpu), expected)
-    imported = jax.dlpack.from_dlpack(view)
-    oracle.assert_same_bits(jax_bce.loss_and_grad(imported, labels, implementation=cpu), expected)
+    expected = call(logits, labels)
+    check_result(check, platform, logits, labels, expected, "mean")
+    oracle.assert_same_bits(call(view, labels), expected)
+    imported = jax.device_put(jax.dlpack.from_dlpack(view), jax.devices(platform)[0])
+    oracle.assert_same_bits(call(imported, labels), expected)
     oracle.assert_same_bits(sliced(*whole), expected)
 
 
 @pytest.mark.parametrize("step", [2, -1])
-def test_strided_and_transposed(check, cpu: str, step: int) -> None:
+def test_strided_and_transposed(check, platform: str, step: int) -> None:
     """What is no plain buffer, in NumPy and under jit."""
 
     def turned(values):
         return values[::step, ::step].T
 
     logits, labels = inputs((12, 34), FLOAT32, np.uint8)
-    keywords = {"axis": 0, "implementation": cpu}
+    keywords = {"axis": 0, "implementation": platform}
     results = jax_bce.loss_and_grad(turned(logits), turned(labels), **keywords)
-    check_result(check, cpu, turned(logits), turned(labels), results, "mean", 0)
+    check_result(check, platform, turned(logits), turned(labels), results, "mean", 0)
     inside = jax.jit(lambda x, y: jax_bce.loss_and_grad(turned(x), turned(y), **keywords))
     oracle.assert_same_bits(inside(logits, labels), results)
 

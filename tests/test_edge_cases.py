@@ -118,18 +118,18 @@ def test_both_infinities_reduced(implementation: str) -> None:
     assert (right, wrong) == (0, INF)
 
 
-def test_mean_of_losses_whose_sum_overflows(check, cpu: str) -> None:
+def test_mean_of_losses_whose_sum_overflows(check, platform: str) -> None:
     """Sums are wider than float32: 4 times 3e38 has a mean."""
     logits = np.full(4, 3e38, FLOAT32)
-    loss = jax_bce.loss(logits, 0, implementation=cpu)
-    check.reduced(cpu, loss, np.float64(logits[0]))
-    assert np.isinf(jax_bce.loss(logits, 0, reduction="sum", implementation=cpu))
+    loss = jax_bce.loss(logits, 0, implementation=platform)
+    check.reduced(platform, loss, np.float64(logits[0]))
+    assert np.isinf(jax_bce.loss(logits, 0, reduction="sum", implementation=platform))
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, FLOAT64], ids=str, indirect=True)
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("size", [1, 67, 100_003])
-def test_gradual_underflow(check, cpu: str, dtype: np.dtype, label: int, size: int) -> None:
+def test_gradual_underflow(check, platform: str, dtype: np.dtype, label: int, size: int) -> None:
     """A result below the smallest normal number keeps what digits there are.
 
     Also on XLA's pool threads, whose mode flushes such numbers to zero.
@@ -143,27 +143,31 @@ def test_gradual_underflow(check, cpu: str, dtype: np.dtype, label: int, size: i
     logits = oracle.round_to(np.linspace(tiny, smallest, size + 2)[1:-1], dtype)
     logits = logits if label else -logits
     labels = np.full(size, label, np.uint8)
-    loss, gradient = jax_bce.loss_and_grad(logits, labels, reduction="none", implementation=cpu)
-    check.elements(cpu, logits, labels, loss=loss, gradient=gradient)
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=platform
+    )
+    check.elements(platform, logits, labels, loss=loss, gradient=gradient)
     for result in (loss, gradient):
         assert (abs(np.asarray(result).astype(np.float64)) > 0).all()
         assert (abs(np.asarray(result)) <= ml_dtypes.finfo(dtype).tiny).all()
 
 
-def test_subnormal_gradient_of_a_mean(check, cpu: str) -> None:
+def test_subnormal_gradient_of_a_mean(check, platform: str) -> None:
     """Normal gradients whose 1/N makes them subnormal."""
     logits = np.linspace(-87, -70, 10_007).astype(FLOAT32)
-    _, gradient = jax_bce.loss_and_grad(logits, 0, implementation=cpu)
+    _, gradient = jax_bce.loss_and_grad(logits, 0, implementation=platform)
     assert (np.asarray(gradient) < np.finfo(np.float32).tiny).any()
-    check.elements(cpu, logits, 0, gradient=gradient, factor=1 / logits.size)
+    check.elements(platform, logits, 0, gradient=gradient, factor=1 / logits.size)
 
 
-def test_subnormal_logits_and_labels(check, cpu: str) -> None:
+def test_subnormal_logits_and_labels(check, platform: str) -> None:
     smallest = float(np.finfo(np.float32).smallest_subnormal)
     logits = np.array([1, -1, 3, -3, 1e30 / smallest, -1e30 / smallest], np.float64) * smallest
     logits, labels = logits.astype(FLOAT32), np.full(6, 5 * smallest, FLOAT32)
-    loss, gradient = jax_bce.loss_and_grad(logits, labels, reduction="none", implementation=cpu)
-    check.elements(cpu, logits, labels, loss=loss, gradient=gradient)
+    loss, gradient = jax_bce.loss_and_grad(
+        logits, labels, reduction="none", implementation=platform
+    )
+    check.elements(platform, logits, labels, loss=loss, gradient=gradient)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +236,13 @@ def test_rank_0(check, implementation: str, dtype: np.dtype, reduction: str, jit
 @pytest.mark.parametrize(
     ("logit", "dtype"), [(-90.0, FLOAT32), (-90.0, BFLOAT16), (-720.0, FLOAT64)]
 )
-def test_a_subnormal_sum_is_not_lost(check, cpu: str, size: int, logit: float, dtype) -> None:
+def test_a_subnormal_sum_is_not_lost(check, platform: str, size: int, logit: float, dtype) -> None:
     """XLA's threads flush; neither an element nor the sum of many is flushed."""
     with jax.enable_x64(dtype == FLOAT64):
         logits = np.full(size, logit, dtype)
         exact = oracle.exact(logits[:1], 0).loss[0]
         for reduction, count in (("mean", 1), ("sum", size)):
-            loss = jax_bce.loss(logits, 0, reduction=reduction, implementation=cpu)
+            loss = jax_bce.loss(logits, 0, reduction=reduction, implementation=platform)
             # Each element is rounded to the format's smallest number.
             bound = 1 + count / 2
             check.ulps(f"subnormal {reduction}", loss, np.asarray(exact * count), bound)

@@ -180,14 +180,14 @@ def test_missing_kernel(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None
         assert f"no {platform}: build it" in str(error.value)
 
 
-@pytest.mark.parametrize(("wanted", "platform"), [("cpu", "tpu"), ("cpu", "cuda"), ("cuda", "cpu")])
+@pytest.mark.parametrize(("wanted", "target"), [("cpu", "tpu"), ("cpu", "cuda"), ("cuda", "cpu")])
 def test_kernel_of_another_platform(
-    function: Callable, monkeypatch: pytest.MonkeyPatch, wanted: str, platform: str
+    function: Callable, monkeypatch: pytest.MonkeyPatch, wanted: str, target: str
 ) -> None:
     monkeypatch.setattr(_arguments, "missing", lambda platform: None)
     traced = jax.jit(partial(function, implementation=wanted)).trace(LOGITS, LABELS)
     with pytest.raises(RuntimeError, match=f"implementation='{wanted}'.* use implementation=None"):
-        traced.lower(lowering_platforms=(platform,))
+        traced.lower(lowering_platforms=(target,))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_kernel_of_another_platform(
     ],
     ids=str,
 )
-def test_the_handler_checks_again(check, cpu: str, change: dict, message: str) -> None:
+def test_the_handler_checks_again(check, platform: str, change: dict, message: str) -> None:
     """A call from elsewhere reads and writes nothing beyond its buffers."""
     call = {
         "logits": np.zeros((2, 3), np.float32),
@@ -231,7 +231,7 @@ def test_the_handler_checks_again(check, cpu: str, change: dict, message: str) -
         attributes = {name: np.int64(call[name]) for name in ("reduced_rank", "count")}
         return jax.block_until_ready(target(*operands, **attributes))
 
-    check.reduced(cpu, loss(call)[0][0], np.log(2))
+    check.reduced(platform, loss(call)[0][0], np.log(2))
     with pytest.raises(Exception, match=f"jax_bce: .*{message}"):
         loss(call | change)
 

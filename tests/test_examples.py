@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import platforms
+
 ROOT = Path(__file__).parent.parent
 
 
-def run(script: str, *arguments: str, folder: Path) -> str:
+def run(script: str, *arguments: str, folder: Path, platform: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / script), *arguments],
         cwd=folder,
+        env=platforms.environment(platform),
         capture_output=True,
         text=True,
     )
@@ -20,9 +23,9 @@ def run(script: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_train_digits(tmp_path: Path) -> None:
+def test_train_digits(platform: str, tmp_path: Path) -> None:
     """At the default settings: it takes seconds, and it is the first claim of the README."""
-    output = run("examples/train_digits.py", folder=tmp_path)
+    output = run("examples/train_digits.py", folder=tmp_path, platform=platform)
     names = ("naive", "clipped", "Keras 3 on JAX", "jax_bce", "optax on logits")
     final = dict(re.findall(rf"({'|'.join(names)}) (\d\.\d+)", output))
     assert set(final) == set(names)
@@ -32,18 +35,19 @@ def test_train_digits(tmp_path: Path) -> None:
     assert (tmp_path / "train_digits.png").stat().st_size > 10_000
 
 
-def test_train_digits_reads_an_npz(tmp_path: Path) -> None:
+def test_train_digits_reads_an_npz(cpu: str, tmp_path: Path) -> None:
     import numpy as np
 
     pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
     np.savez(tmp_path / "mnist.npz", x_train=pixels, y_train=np.arange(60) % 10)
     small = ("--samples", "50", "--hidden", "16", "--steps", "2")
-    output = run("examples/train_digits.py", "--data", "mnist.npz", *small, folder=tmp_path)
+    arguments = ("--data", "mnist.npz", *small)
+    output = run("examples/train_digits.py", *arguments, folder=tmp_path, platform=cpu)
     assert "50 digits, 2 steps" in output
 
 
-def test_precision(tmp_path: Path) -> None:
-    output = run("examples/precision.py", "--max", "20", folder=tmp_path)
+def test_precision(platform: str, tmp_path: Path) -> None:
+    output = run("examples/precision.py", "--max", "20", folder=tmp_path, platform=platform)
     row = re.findall(r"│ 20 .*", output)[0]
     cells = [cell.strip() for cell in row.split("│")]
     exact, ours = cells[2], cells[3]
@@ -51,15 +55,15 @@ def test_precision(tmp_path: Path) -> None:
     assert (tmp_path / "precision.png").stat().st_size > 10_000
 
 
-def test_train_flax(tmp_path: Path) -> None:
-    output = run("examples/train_flax.py", "--epochs", "3", folder=tmp_path)
+def test_train_flax(platform: str, tmp_path: Path) -> None:
+    output = run("examples/train_flax.py", "--epochs", "3", folder=tmp_path, platform=platform)
     assert float(re.search(r"unseen digits (\d\.\d+)", output)[1]) > 0.8
 
 
-def test_benchmark(tmp_path: Path) -> None:
+def test_benchmark(cpu: str, tmp_path: Path) -> None:
     """Small, for its records: speed is no matter of a test."""
     small = ("--sizes", "10", "--seconds", "0.1", "--output", "records.jsonl")
-    run("benchmarks/bench.py", *small, folder=tmp_path)
+    run("benchmarks/bench.py", *small, folder=tmp_path, platform=cpu)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert {record["case"] for record in records} == {"value, mean", "value_and_grad, mean"}
     assert {"jax_bce", "optax", "jnp"} <= {record["contestant"] for record in records}

@@ -82,10 +82,10 @@ def test_loss_and_grad(check, implementation: str, dtype: np.dtype, reduction: s
 
 
 @pytest.mark.parametrize("reduction", ["none", *REDUCTIONS])
-def test_one_loss_by_every_way(cpu: str, dtype: np.dtype, reduction: str) -> None:
+def test_one_loss_by_every_way(platform: str, dtype: np.dtype, reduction: str) -> None:
     """The kernel has the same bits alone, beside its gradient, and under differentiation."""
     logits, labels = inputs(dtype)
-    keywords = {"reduction": reduction, "implementation": cpu}
+    keywords = {"reduction": reduction, "implementation": platform}
     expected = jax_bce.loss(logits, labels, **keywords)
     oracle.assert_same_bits(jax_bce.loss_and_grad(logits, labels, **keywords)[0], expected)
     for residuals in RESIDUALS:
@@ -267,14 +267,14 @@ def test_smoothing_may_be_traced(check, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", *REDUCTIONS])
-def test_recomputed_equals_stored(cpu: str, dtype: np.dtype, reduction: str) -> None:
+def test_recomputed_equals_stored(platform: str, dtype: np.dtype, reduction: str) -> None:
     """A power of two as cotangent and count rounds nothing: both ways have the same bits."""
     logits, labels = (values[:512] for values in inputs(dtype))
 
     def gradient(residuals: str) -> jax.Array:
         value, pullback = jax.vjp(
             lambda x: jax_bce.loss(
-                x, labels, reduction=reduction, residuals=residuals, implementation=cpu
+                x, labels, reduction=reduction, residuals=residuals, implementation=platform
             ),
             logits,
         )

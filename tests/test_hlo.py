@@ -6,13 +6,14 @@ much temporary memory the program needs.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import platforms
 import pytest
 from jax.stages import Compiled
 from oracle import BFLOAT16, FLOAT16, FLOAT32
@@ -75,13 +76,14 @@ def assert_calls(compiled: Compiled, count: int = 1) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < MIB
 
 
-@pytest.fixture(params=[None, "cpu"], ids=["implementation=None", "implementation=cpu"])
-def loss(request: pytest.FixtureRequest, cpu: str) -> Callable:
-    """The loss as everybody calls it, and with the kernel by name: both are the kernel."""
-    return partial(jax_bce.loss, implementation=request.param)
+@pytest.fixture(params=[None, *platforms.PLATFORMS], ids=lambda name: f"implementation={name}")
+def loss(request: pytest.FixtureRequest) -> Iterator[Callable]:
+    """The loss with each kernel by name, and as everybody calls it, which is the CPU's on a CPU."""
+    with platforms.kernel(request.param or "cpu"):
+        yield partial(jax_bce.loss, implementation=request.param)
 
 
-def test_the_reader_sees_other_passes() -> None:
+def test_the_reader_sees_other_passes(platform: str) -> None:
     """Of the formula in plain jnp it finds fusions, and a temporary of the logits' size."""
 
     def formula(x, y):
@@ -119,8 +121,8 @@ def test_loss_alone(loss: Callable, dtype: np.dtype, reduction: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", oracle.FLOATS[:3], ids=str)
-def test_loss_and_grad(cpu: str, dtype: np.dtype, reduction: str) -> None:
-    function = partial(jax_bce.loss_and_grad, reduction=reduction)
+def test_loss_and_grad(platform: str, dtype: np.dtype, reduction: str) -> None:
+    function = partial(jax_bce.loss_and_grad, reduction=reduction, implementation=platform)
     assert_calls(compile_for(function, dtype=dtype))
 
 
@@ -139,8 +141,9 @@ def test_gradient_alone(loss: Callable) -> None:
 
 
 @pytest.mark.parametrize("axis", [-1, (0, 1)], ids=str)
-def test_trailing_axes(cpu: str, axis) -> None:
-    assert_calls(compile_for(partial(jax_bce.loss_and_grad, axis=axis)))
+def test_trailing_axes(platform: str, axis) -> None:
+    function = partial(jax_bce.loss_and_grad, axis=axis, implementation=platform)
+    assert_calls(compile_for(function))
 
 
 def test_one_label_for_all(loss: Callable) -> None:
@@ -215,13 +218,13 @@ def test_recompute_takes_the_cotangent(loss: Callable) -> None:
     "transform", [lambda f: f, jax.grad, jax.value_and_grad], ids=["loss", "grad", "value_and_grad"]
 )
 @pytest.mark.parametrize("residuals", ["gradient", "recompute"])
-def test_xla_holds_no_call(transform: Callable, residuals: str) -> None:
+def test_xla_holds_no_call(platform: str, transform: Callable, residuals: str) -> None:
     function = partial(jax_bce.loss, residuals=residuals, implementation="xla")
     compiled = compile_for(transform(function))
     assert "jax_bce_v" not in compiled.as_text()
     assert passes(compiled)
 
 
-def test_xla_passes_through_loss_and_grad() -> None:
+def test_xla_passes_through_loss_and_grad(platform: str) -> None:
     compiled = compile_for(partial(jax_bce.loss_and_grad, implementation="xla"))
     assert "jax_bce_v" not in compiled.as_text()

@@ -2,7 +2,6 @@
 documentation's examples."""
 
 import doctest
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import platforms
 import pytest
 
 import jax_bce
@@ -24,7 +24,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd="/",
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=platforms.environment("cpu") | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -158,23 +158,28 @@ def test_unknown_instruction_set_falls_back_to_xla() -> None:
     assert value.startswith("0.693147")
 
 
-def test_report() -> None:
+def test_report(platform: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "jax_bce"], cwd="/", capture_output=True, text=True
+        [sys.executable, "-W", "error", "-m", "jax_bce"],
+        cwd="/",
+        env=platforms.environment(platform),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert facts["jax_bce"] == jax_bce.__version__
     assert facts["jax"].startswith(jax.__version__)
-    if _primitive.missing("cpu") is None:
-        assert facts["cpu kernel"].startswith("loaded, ")
+    assert facts[f"{platform} kernel"].startswith("loaded, ")
+    assert facts["default platform"] == {"cpu": "cpu", "cuda": "gpu"}[platform]
+    if platform == "cpu":
         assert facts["implementation=None"] == "the cpu kernel"
-    assert facts["cuda kernel"].startswith(("loaded", "not in use", "not usable"))
+        assert facts["cuda kernel"].startswith(("not in use", "not usable"))
 
 
 @pytest.mark.parametrize("name", jax_bce.__all__)
-def test_docstring_examples(name: str) -> None:
+def test_docstring_examples(cpu: str, name: str) -> None:
     function = getattr(jax_bce, name)
     (test,) = doctest.DocTestFinder().find(function, name)
     assert test.examples

@@ -79,12 +79,12 @@ def test_float32_random_soft_labels(check, implementation: str, scale: float) ->
     check_elements(check, implementation, logits, oracle.random_labels(FLOAT32, WALK, seed=2))
 
 
-def test_float32_labels_of_any_size(check, cpu: str) -> None:
+def test_float32_labels_of_any_size(check, platform: str) -> None:
     """Labels whose bit patterns, not values, are even: as many at 1e-30 as at 0.5."""
     rng = np.random.default_rng(3)
     logits = rng.permutation(oracle.walk(FLOAT32, WALK, low=2**-27, high=110.0))
     labels = abs(rng.permutation(oracle.walk(FLOAT32, WALK, high=1.0)))
-    check_elements(check, cpu, logits, labels)
+    check_elements(check, platform, logits, labels)
 
 
 def test_float32_near_the_zero_of_the_gradient(check, implementation: str) -> None:
@@ -225,15 +225,15 @@ def test_label_smoothing(check, implementation: str, label: float, smoothing: fl
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1 / 3, 1e-3, 1e-6])
-def test_label_smoothing_keeps_every_digit(check, cpu: str, smoothing: float) -> None:
+def test_label_smoothing_keeps_every_digit(check, platform: str, smoothing: float) -> None:
     """Neither the smoothed label nor its complement is rounded before it is used."""
     logits = oracle.random_logits(FLOAT32, 1 << 14, seed=21)
     for labels in (0, 1, oracle.random_labels(FLOAT32, logits.shape, seed=22)):
         loss, gradient = jax_bce.loss_and_grad(
-            logits, labels, label_smoothing=smoothing, reduction="none", implementation=cpu
+            logits, labels, label_smoothing=smoothing, reduction="none", implementation=platform
         )
         exact = oracle.exact(logits, labels, float(np.float32(smoothing)))
-        bound = oracle.TOLERANCE[cpu].elements["float32", "soft"]
+        bound = oracle.TOLERANCE[platform].elements["float32", "soft"]
         check.ulps("loss, smoothed label", loss, exact.loss, bound.loss)
         scale = exact.gradient_scale
         check.ulps(

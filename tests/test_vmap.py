@@ -98,10 +98,10 @@ def test_gradient_of_labels(implementation: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("label_dtype", ["uint8", "float32"])
-def test_equals_a_loop_in_16_bits(cpu: str, label_dtype: str) -> None:
+def test_equals_a_loop_in_16_bits(platform: str, label_dtype: str) -> None:
     logits, _ = inputs((BATCH, COLUMNS), (), BFLOAT16)
     labels = oracle.random_labels(label_dtype, (BATCH, COLUMNS), seed=3)
-    function = partial(jax_bce.loss_and_grad, implementation=cpu)
+    function = partial(jax_bce.loss_and_grad, implementation=platform)
     mapped = jax.vmap(function)(logits, labels)
     oracle.assert_same_bits(mapped, loop(function, (0, 0), logits, labels))
 
