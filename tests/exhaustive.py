@@ -2,6 +2,7 @@
 
     python tests/exhaustive.py              # `make exhaustive`
     python tests/exhaustive.py --stride 4096 --implementation xla
+    python tests/exhaustive.py --implementation cuda    # on a GPU; the others on the CPU
 
 Prints, as a table for the README, the largest error in ulp, where it occurs, and the share of
 results that are the exact value rounded once. Fails if one of them is outside the contract.
@@ -85,6 +86,9 @@ def _to_float32(exact: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _kernel(implementation: str | None):
+    # Before JAX starts in this process, one of many that share a GPU.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    jax.config.update("jax_platforms", "cuda" if implementation == "cuda" else "cpu")
     return jax.jit(
         functools.partial(jax_bce.loss_and_grad, reduction="none", implementation=implementation)
     )
