@@ -10,32 +10,26 @@ is not timed: its operands are where a loop that calls it again and again has th
 maps every block above 32 MiB anew and each first touch of a page is a fault; "warm" is a process
 that keeps its memory (MALLOC_MMAP_MAX_=0).
 
-A line of the output is a full record: see `record`.
+A line of the output is a full record: see `records`. A GPU is measured by gpu.py.
 """
 
 import argparse
 import datetime
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from records import RESULTS, Record, now, records, table_of, versions
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("value", "value_and_grad")
 SAMPLE_SECONDS = 2e-3
 WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
-Record = dict[str, object]
 
 
 def measure(mode: str, n: int, seconds: float) -> dict[str, list[float]]:
@@ -63,70 +57,28 @@ def measure(mode: str, n: int, seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("jax-bce", "jax", "jaxlib", "optax", "torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 
-def records(mode: str, n: int, memory: str, seconds: float) -> Iterator[Record]:
+def records_of(mode: str, n: int, memory: str, seconds: float) -> Iterator[Record]:
     from peers import BYTES
 
     from jax_bce.__main__ import report
 
-    times = measure(mode, n, seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    copy = min(seconds for name, seconds in medians.items() if name.startswith("copy"))
-    facts = report()
-    for name, values in times.items():
-        yield {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "kernel": facts["cpu kernel"],
-            "versions": _versions(),
-            "case": f"{mode}, mean",
-            "dtype": "float32, float32 labels",
-            "memory": memory,
-            "n": n,
-            "contestant": name,
-            "rounds": len(values),
-            "median_ns_per_element": medians[name] / n * 1e9,
-            "min_ns_per_element": min(values) / n * 1e9,
-            "gigabytes_per_second": BYTES[mode] * n / medians[name] / 1e9,
-            "share_of_copy_bandwidth": copy / medians[name],
-            "times_jax_bce": medians[name] / medians["jax_bce"],
-        }
-
-
-def table_of(mode: str, memory: str, results: list[Record]) -> Table:
-    table = Table(title=f"{mode}(mean), float32, {memory} memory: ns an element, and times jax_bce")
-    rows: dict[int, dict[str, Record]] = {}
-    for result in results:
-        if (result["case"], result["memory"]) == (f"{mode}, mean", memory):
-            rows.setdefault(int(str(result["n"])), {})[str(result["contestant"])] = result
-    names = list(next(iter(rows.values()))) if rows else []
-    for column in ("n", *names, "jax_bce: GB/s, share of copy"):
-        table.add_column(column, justify="right")
-    for n, row in rows.items():
-        cells = [
-            f"{result['median_ns_per_element']:.3g}"
-            + ("" if name == "jax_bce" else f" ({result['times_jax_bce']:.2g}x)")
-            for name, result in row.items()
-        ]
-        ours = row["jax_bce"]
-        share = f"{ours['gigabytes_per_second']:.3g}, {ours['share_of_copy_bandwidth']:.0%}"
-        table.add_row(f"2^{n.bit_length() - 1}", *cells, share)
-    return table
+    common = {
+        "date": now(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": report()["cpu kernel"],
+        "versions": versions(),
+        "case": f"{mode}, mean",
+        "dtype": "float32, float32 labels",
+        "memory": memory,
+        "n": n,
+    }
+    return records(common, measure(mode, n, seconds), BYTES[mode] * n)
 
 
 def parse() -> argparse.Namespace:
@@ -142,7 +94,7 @@ def main() -> None:
     options = parse()
     if options.case:
         mode, memory, power = options.case.split(",")
-        for record in records(mode, 2 ** int(power), memory, options.seconds):
+        for record in records_of(mode, 2 ** int(power), memory, options.seconds):
             print(json.dumps(record))
         return
 
@@ -167,7 +119,9 @@ def main() -> None:
             results += map(json.loads, done.stdout.splitlines())
     console = Console(width=150)
     for mode, memory in dict.fromkeys((mode, memory) for mode, memory, _ in cases):
-        console.print(table_of(mode, memory, results))
+        chosen = (f"{mode}, mean", memory)
+        rows = [result for result in results if (result["case"], result["memory"]) == chosen]
+        console.print(table_of(f"{mode}(mean), float32, {memory} memory", rows))
     if all(result["contestant"] != "torch" for result in results):
         console.print("PyTorch is not installed, so it is left out.")
     console.print(f"records: {output}")

@@ -20,22 +20,24 @@ import optax
 import jax_bce
 
 Contestant = Callable[[], object]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 BYTES = {"value": 8, "value_and_grad": 12}  # an element: two reads, and a write of the gradient
 
 
-def optax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+def optax_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.sigmoid_binary_cross_entropy(logits, labels)
 
 
-def jnp_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    losses = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return jnp.mean(losses)
+def jnp_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-def _jax_contestant(
-    loss: Callable[..., jax.Array], mode: str, logits: np.ndarray, labels: np.ndarray
-) -> Contestant:
+def _mean_of(losses: Loss) -> Loss:
+    return lambda logits, labels: jnp.mean(losses(logits, labels))
+
+
+def _jax_contestant(loss: Loss, mode: str, logits: np.ndarray, labels: np.ndarray) -> Contestant:
     function = jax.jit(loss if mode == "value" else jax.value_and_grad(loss))
     operands = jax.device_put((logits, labels))
     return lambda: jax.block_until_ready(function(*operands))
@@ -75,8 +77,8 @@ def contestants(mode: str, n: int) -> dict[str, Contestant]:
     labels = random.integers(0, 2, n).astype(np.float32)
     found = {
         "jax_bce": _jax_contestant(jax_bce.loss, mode, logits, labels),
-        "optax": _jax_contestant(optax_loss, mode, logits, labels),
-        "jnp": _jax_contestant(jnp_loss, mode, logits, labels),
+        "optax": _jax_contestant(_mean_of(optax_losses), mode, logits, labels),
+        "jnp": _jax_contestant(_mean_of(jnp_losses), mode, logits, labels),
     }
     if find_spec("torch"):
         found["torch"] = _torch_contestant(mode, logits, labels)

@@ -1,0 +1,80 @@
+"""What a line of a result holds, and the tables of such lines: for bench.py and gpu.py."""
+
+import datetime
+import platform
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+Record = dict[str, object]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("jax-bce", "jax", "jaxlib", "optax", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def records(
+    common: Record, times: Mapping[str, Sequence[float]], bytes_moved: float
+) -> Iterator[Record]:
+    """One for each contestant of a case, from its seconds a call.
+
+    `common` holds what they share, "n" among it; those named "copy" moved the same number of bytes,
+    and the fastest of them is the machine's bandwidth.
+    """
+    n = int(str(common["n"]))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    copy = min((s for name, s in medians.items() if name.startswith("copy")), default=None)
+    ours = medians.get("jax_bce")
+    for name, values in times.items():
+        yield common | {
+            "contestant": name,
+            "rounds": len(values),
+            "median_ns_per_element": medians[name] / n * 1e9,
+            "min_ns_per_element": min(values) / n * 1e9,
+            "gigabytes_per_second": bytes_moved / medians[name] / 1e9,
+            "share_of_copy_bandwidth": copy and copy / medians[name],
+            "times_jax_bce": ours and medians[name] / ours,
+        }
+
+
+def _cell(record: Record | None) -> str:
+    if record is None or "median_ns_per_element" not in record:
+        return "-"
+    times = record["times_jax_bce"]
+    shown = f"{record['median_ns_per_element']:.3g}"
+    return (
+        shown if times is None or record["contestant"] == "jax_bce" else f"{shown} ({times:.2g}x)"
+    )
+
+
+def table_of(title: str, results: Iterable[Record]) -> Table:
+    """Nanoseconds an element of one case: a row for each n, a column for each contestant."""
+    rows: dict[int, dict[str, Record]] = {}
+    for result in results:
+        rows.setdefault(int(str(result["n"])), {})[str(result["contestant"])] = result
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title=f"{title}: ns an element, and times jax_bce")
+    for column in ("n", *names, "jax_bce: GB/s, share of copy"):
+        table.add_column(column, justify="right")
+    for n, row in sorted(rows.items()):
+        ours = row.get("jax_bce", {})
+        share = "-"
+        if ours.get("share_of_copy_bandwidth"):
+            share = f"{ours['gigabytes_per_second']:.3g}, {ours['share_of_copy_bandwidth']:.0%}"
+        table.add_row(f"2^{n.bit_length() - 1}", *(_cell(row.get(name)) for name in names), share)
+    return table
