@@ -11,9 +11,10 @@ subtracted. Each record says K, whether the program became a graph, what the hos
 replay, a call, and whether all of it was hidden behind the gate. At the smallest sizes, what a
 graph needs to launch a kernel is most of the time.
 
-The K calls have operands and results of their own, 512 MiB together (or 64 calls), so that the L2
-cache holds nothing that a call needs. Every round takes a sample of every contestant, in a rotating
-order; reported are medians.
+The K calls have operands and results of their own, 512 MiB together, so that the L2 cache holds
+nothing that a call needs; K is at most 64, so below some 2^18 elements the cache holds all, and
+bandwidth does not matter. Every round takes a sample of every contestant, in a rotating order;
+reported are medians.
 
 JAX and PyTorch measure in processes of their own, a case after the other: a crash costs its case.
 The cases come in the order of their importance until `--budget` is spent; records are written at
