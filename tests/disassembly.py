@@ -1,0 +1,224 @@
+"""What the compiler made of the CUDA kernels: the built module's disassembly, as Markdown tables.
+
+    python tests/disassembly.py                       # each architecture in short, 90 in full
+    python tests/disassembly.py --architecture 120
+
+Needs no GPU, but cuobjdump and nvdisasm: of a CUDA toolkit, of the packages nvidia-cuda-cuobjdump
+and nvidia-cuda-nvdisasm (they are in the extra `test`), or of Triton.
+"""
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jax_bce import _primitive
+
+# The templates' arguments, as a symbol holds them: the logits' dtype and the width of a label.
+LOGITS = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
+LABELS = {"": 0, "h": 1, "t": 2, "j": 4, "m": 8}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+SYMBOL = re.compile(rf"\d([a-z_]+)I({'|'.join(LOGITS)})([{''.join(LABELS)}]?)")
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)")
+
+LISTED = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
+BRANCH = re.compile(r"(@\S+ )?BRA\S*(.*) 0x([0-9a-f]+)")
+ACCESS = re.compile(r"(@\S+ )?(LDG|STG)\.E(?:\.[A-Z]\w*)*?(?:\.[US]?(\d+))?(?:\.[A-Z]+)* ")
+# No evaluation of an element does without: reciprocals, and additions in float64.
+ARITHMETIC = re.compile(r"(@\S+ )?(MUFU|DADD)")
+
+
+def find_cuobjdump() -> str | None:
+    """The program's path, or None."""
+    places = [None]  # the PATH
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        if spec := importlib.util.find_spec(package):
+            places += [Path(place, folder) for place in spec.submodule_search_locations or ()]
+    return next(filter(None, (shutil.which("cuobjdump", path=place) for place in places)), None)
+
+
+def cuobjdump(*options: str) -> str:
+    command = [find_cuobjdump(), *options, _primitive._cuda.__file__]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def architectures(kind: str) -> list[int]:
+    """Those that the module holds machine code for ("elf"), or code to compile later ("ptx")."""
+    return [int(number) for number in re.findall(r"\.sm_(\d+)\.", cuobjdump(f"--list-{kind}"))]
+
+
+@dataclass
+class Instruction:
+    text: str
+    followers: list[int]  # what may come next: places in the kernel's list of instructions
+
+    def width(self, operation: str) -> int:
+        """How many bits a thread loads ("LDG") or stores ("STG") with it.
+
+        A load under a condition is none: it is of an operand that seldom varies within a row.
+        """
+        access = ACCESS.match(self.text)
+        if not access or access[2] != operation or (access[1] and operation == "LDG"):
+            return 0
+        return int(access[3] or 32)
+
+
+def parse(disassembly: str) -> list[Instruction]:
+    listed = LISTED.findall(disassembly)
+    places = {int(address, 16): place for place, (address, _) in enumerate(listed)}
+    code = []
+    for place, (_, text) in enumerate(listed):
+        branch = BRANCH.match(text)
+        followers = [places[int(branch[3], 16)]] if branch else []
+        ends = text.startswith(("EXIT", "RET", "BRX", "JMX"))
+        if not ends and not (branch and not branch[1] and not branch[2].strip()):
+            followers.append(place + 1)
+        code.append(Instruction(text, followers))
+    return code
+
+
+def innermost_loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Their first and last instructions."""
+    loops = [
+        (first, last)
+        for last, instruction in enumerate(code)
+        for first in instruction.followers
+        if first < last
+    ]
+    return [
+        (first, last)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+
+
+def common_way(
+    code: list[Instruction], first: int, last: int, logit_bytes: int, label_bytes: int
+) -> list[Instruction]:
+    """The instructions of one turn of an innermost loop, for common elements; or nothing.
+
+    The loop holds the arithmetic twice, for common elements and for all others; also what only its
+    last turn needs, or a launch may not ask for. The common way leaves out no arithmetic, and for
+    each logit and label that it loads it stores one result of the logit's size; of those ways it is
+    the shortest. Should another way hold more arithmetic, that one is taken and is longer: too many
+    instructions may be counted, not too few.
+    """
+    # By place and by the bits stored before it: how good the best way there is, and the one before
+    # on it. Without inner loops, a way only goes forward.
+    best: dict = {(first, 0): ((0, 0, 0), None)}
+    for place in range(first, last + 1):
+        instruction = code[place]
+        followers = [last + 1] if place == last else instruction.followers
+        for here in [key for key in best if key[0] == place]:
+            arithmetic, loaded, length = best[here][0]
+            arithmetic += bool(ARITHMETIC.match(instruction.text))
+            quality = (arithmetic, loaded + instruction.width("LDG"), length - 1)
+            stored = here[1] + instruction.width("STG")
+            for after in ((follower, stored) for follower in followers if follower > place):
+                if after not in best or quality > best[after][0]:
+                    best[after] = (quality, here)
+    ends = [
+        (quality, before)
+        for (place, stored), (quality, before) in best.items()
+        if place > last and 0 < stored * (logit_bytes + label_bytes) == quality[1] * logit_bytes
+    ]
+    way = []
+    _, here = max(ends, default=(None, None))
+    while here is not None:
+        way.append(code[here[0]])
+        _, here = best[here]
+    return way[::-1]
+
+
+@dataclass
+class Kernel:
+    architecture: int
+    symbol: str
+    registers: int
+    stack: int  # bytes of a thread, for what did not fit into registers
+
+    def __post_init__(self) -> None:
+        self.name, logits, label = SYMBOL.search(self.symbol).groups()
+        self.logits, self.label_bytes = LOGITS[logits], LABELS[label]
+
+    @cached_property
+    def main_loop(self) -> list[Instruction]:
+        """One turn of it: of the innermost loops, the one with the least work for an element."""
+        code = parse(cuobjdump("-sass", "-arch", f"sm_{self.architecture}", "-fun", self.symbol))
+        sizes = BYTES[self.logits], self.label_bytes
+        ways = [common_way(code, *loop, *sizes) for loop in innermost_loops(code)]
+        return min(filter(None, ways), key=self._per_element)
+
+    def _per_element(self, way: list[Instruction]) -> float:
+        stored = sum(instruction.width("STG") for instruction in way)
+        return len(way) * 8 * BYTES[self.logits] / stored
+
+    @property
+    def instructions_per_element(self) -> float:
+        return self._per_element(self.main_loop)
+
+    def widths(self, operation: str) -> list[int]:
+        """Of the main loop's loads ("LDG") or stores ("STG"), in bits."""
+        return [width for i in self.main_loop if (width := i.width(operation))]
+
+
+def kernels(architecture: int) -> list[Kernel]:
+    usage = USAGE.findall(cuobjdump("-res-usage", "-arch", f"sm_{architecture}"))
+    return [
+        Kernel(architecture, symbol, int(registers), int(stack) + int(local))
+        for symbol, registers, stack, local in usage
+    ]
+
+
+def long_rows(architecture: int, logits: str, label_bytes: int) -> Kernel:
+    wanted = ("long_rows", logits, label_bytes)
+    (found,) = (k for k in kernels(architecture) if (k.name, k.logits, k.label_bytes) == wanted)
+    return found
+
+
+def table(rows: list[Kernel], first_column: str) -> str:
+    def cell(widths: list[int]) -> str:
+        return ", ".join(map(str, widths))
+
+    lines = [
+        f"| {first_column} | logits | label bytes | registers | stack | loads | stores "
+        "| instructions an element |",
+        "| --- | --- " + "| --: " * 6 + "|",
+    ]
+    for kernel in rows:
+        name = kernel.architecture if first_column == "architecture" else f"`{kernel.name}`"
+        line = f"| {name} | {kernel.logits} | {kernel.label_bytes or ''} | {kernel.registers} "
+        line += f"| {kernel.stack} "
+        if kernel.label_bytes:
+            line += f"| {cell(kernel.widths('LDG'))} | {cell(kernel.widths('STG'))} "
+            line += f"| {kernel.instructions_per_element:.1f} |"
+        else:
+            line += "| | | |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--architecture", type=int, help="only this one, with all kernels")
+    asked = parser.parse_args().architecture
+    if not asked:
+        print(f"Machine code for {', '.join(map(str, architectures('elf')))}; ", end="")
+        print(f"PTX of {', '.join(map(str, architectures('ptx')))}.\n")
+        print("`long_rows`, float32 with labels of 4 bytes and bfloat16 with labels of 1:\n")
+        types = ("float32", 4), ("bfloat16", 1)
+        rows = [long_rows(a, *t) for t in types for a in architectures("elf")]
+        print(table(rows, "architecture"))
+    order = list(BYTES)
+    found = sorted(
+        kernels(asked or 90), key=lambda k: (k.name, order.index(k.logits), k.label_bytes)
+    )
+    print(f"\nAll kernels for {asked or 90}:\n\n{table(found, 'kernel')}")
+
+
+if __name__ == "__main__":
+    main()
