@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt cuda.cmake $(wildcard csrc/* src/jax_bc
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.cuda_plugin
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
 
 lint: $(VENV)/.lint
@@ -41,6 +41,14 @@ $(VENV)/.test: EXTRAS := test
 $(VENV)/.lint: EXTRAS := test,lint
 $(VENV)/.%: $(VENV)/bin/python $(SOURCES)
 	$(RUN) -m pip install --quiet --disable-pip-version-check '.[$(EXTRAS)]'
+	touch $@
+
+# XLA's compiler for GPUs, which tests use without one. Not among the installed packages: there,
+# where there is no CUDA, it would make every start of JAX complain.
+$(VENV)/.cuda_plugin: $(VENV)/.test
+	version=$$($(RUN) -c 'import jaxlib; print(jaxlib.__version__)') && \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	  --target $(VENV)/cuda_plugin jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
 # A peer of the benchmark alone: its wheel may bring CUDA libraries of several GB. TORCH= leaves it out.

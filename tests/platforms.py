@@ -22,17 +22,25 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 
-# Kernels, and the CUDA compiler, whose absence is an error: in CI a skip must not hide that nothing
-# was tested.
+# Kernels, and tools for CUDA without a GPU, whose absence is an error: in CI a skip must not hide
+# that nothing was tested.
 REQUIRED = set(filter(None, os.environ.get("JAX_BCE_REQUIRE", "").split(",")))
 
 
 @functools.cache
 def missing(name: str) -> str | None:
-    """Why nothing can be tested on a platform, or with nvcc; None if it can."""
+    """Why nothing can be tested on a platform, or with a tool; None if it can."""
     if name == "nvcc":
         return None if shutil.which("nvcc") else "nvcc is not on the PATH"
     try:
+        if name == "gpu-compiler":
+            import gpu_compiler
+
+            return gpu_compiler.missing()
+        if name == "cuobjdump":
+            import disassembly
+
+            return disassembly.missing()
         from jax_bce import _primitive
 
         reason = _primitive.missing(name)

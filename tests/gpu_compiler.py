@@ -1,0 +1,178 @@
+"""What XLA compiles for NVIDIA GPUs that are not there: kernels, traffic, memory, collectives.
+
+    python tests/gpu_compiler.py          # the programs of this file, as a Markdown table
+
+Needs JAX's CUDA plugin, but no GPU and no driver: the one that is installed, or the one that
+`make test` puts into the environment's folder cuda_plugin. (Where there is no CUDA, an installed
+plugin would make every start of JAX complain.) No kernel is run. h200.txtpb describes the GPU: XLA
+decides by its figures.
+"""
+
+import functools
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from jax import value_and_grad, vmap
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jax_bce
+
+PLUGIN = Path(sys.prefix, "cuda_plugin")
+SHAPE = (512, 65536)  # of the logits, each row of several blocks
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter)")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)", re.M)
+
+
+def missing() -> str | None:
+    """Why there is no compiler for GPUs; None if there is."""
+    if importlib.util.find_spec("jax_cuda13_plugin") or (PLUGIN / "jax_cuda13_plugin").exists():
+        return None
+    return f"JAX's CUDA plugin is neither installed nor in {PLUGIN}, where `make test` puts it"
+
+
+def optax_mean(x, y):
+    return optax.sigmoid_binary_cross_entropy(x, y.astype(x.dtype)).mean()
+
+
+def jnp_mean(x, y):
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.mean(jnp.maximum(x, 0) - x * y + jnp.log1p(jnp.exp(-jnp.abs(x))))
+
+
+def of_shards(x, y):
+    value, gradient = value_and_grad(partial(loss, reduction="sum"))(x, y)
+    return jax.lax.psum(value, "gpu"), gradient
+
+
+loss = partial(jax_bce.loss, implementation="cuda")
+
+
+@dataclass(frozen=True)
+class Program:
+    function: Callable
+    gpus: str = "1x1x1"  # hosts, processes of a host, GPUs of a process
+    manual: bool = False  # in a shard_map
+
+
+PROGRAMS = {
+    "value_and_grad": Program(value_and_grad(loss)),
+    "value_and_grad, smoothed labels": Program(value_and_grad(partial(loss, label_smoothing=0.1))),
+    "value_and_grad, recompute": Program(value_and_grad(partial(loss, residuals="recompute"))),
+    "vmap of value_and_grad": Program(vmap(value_and_grad(loss))),
+    "loss alone": Program(loss),
+    "value_and_grad, 8 GPUs": Program(value_and_grad(loss), "1x1x8"),
+    "value_and_grad, 2 hosts of 8 GPUs": Program(value_and_grad(loss), "2x1x8"),
+    "shard_map, 8 GPUs": Program(of_shards, "1x1x8", manual=True),
+    "shard_map, 2 hosts of 8 GPUs": Program(of_shards, "2x1x8", manual=True),
+    "implementation=None": Program(value_and_grad(jax_bce.loss)),
+    'implementation="xla"': Program(value_and_grad(partial(jax_bce.loss, implementation="xla"))),
+    "optax": Program(value_and_grad(optax_mean)),
+    "plain jnp": Program(value_and_grad(jnp_mean)),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one GPU executes."""
+
+    kernels: list[str]  # a custom call by its target, everything else by its opcode
+    bytes_per_element: float  # that the kernels read and write
+    temporary_bytes: int
+    collectives: list[str]  # and the shapes of their results
+
+
+def prepare() -> None:
+    """Lets this process compile for GPUs; to be called before JAX looks for devices."""
+    sys.path.append(str(PLUGIN))
+    jax.config.update("jax_platforms", "cpu")
+
+
+@functools.cache
+def mesh(gpus: str) -> Mesh:
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=Path(__file__).with_name("h200.txtpb").read_text(),
+        topology=gpus,
+    )
+    return Mesh(np.array(topology.devices), ("gpu",))
+
+
+def compile_for(program: Program, *dtypes: str) -> jax.stages.Compiled:
+    """With the logits' rows, and the labels', spread over the GPUs."""
+    gpus, split = mesh(program.gpus), PartitionSpec("gpu")
+    function = program.function
+    if program.manual:
+        specs = {"in_specs": (split, split), "out_specs": (PartitionSpec(), split)}
+        function = jax.shard_map(function, mesh=gpus, check_vma=False, **specs)
+    sharding = NamedSharding(gpus, split)
+    operands = [jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding) for dtype in dtypes]
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+
+
+def bytes_of(shapes: str) -> int:
+    """Of all arrays in, for example, "(f32[], bf16[128,8]{1,0})"."""
+    total = 0
+    for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
+        total += int(bits or 8) // 8 * math.prod(map(int, filter(None, dimensions.split(","))))
+    return total
+
+
+def compiled(name: str, *dtypes: str) -> Compiled:
+    """Of one of the programs, for logits and labels of these dtypes."""
+    program = PROGRAMS[name]
+    result = compile_for(program, *dtypes)
+    text = result.as_text()
+    shapes: dict[str, str] = {}
+    kernels, collectives, moved = [], [], 0
+    for name, shape, opcode, operands, rest in INSTRUCTION.findall(text[text.index("ENTRY") :]):
+        shapes[name] = shape
+        if COLLECTIVE.match(opcode):
+            if not opcode.endswith("-start"):
+                collectives.append(f"{opcode.removesuffix('-done')} {shape.partition('{')[0]}")
+        elif opcode not in FREE:
+            target = re.search(r'custom_call_target="([^"]+)"', rest)
+            kernels.append(target[1] if target else opcode)
+            moved += bytes_of(shape)
+            moved += sum(bytes_of(shapes[name]) for name in re.findall(r"%([\w.-]+)", operands))
+    elements = math.prod(SHAPE) / mesh(program.gpus).size
+    return Compiled(
+        kernels, moved / elements, result.memory_analysis().temp_size_in_bytes, collectives
+    )
+
+
+def main() -> None:
+    if reason := missing():
+        sys.exit(reason)
+    prepare()
+    print(f"jaxlib {jaxlib.__version__}, optax {optax.__version__}; logits {SHAPE}.\n")
+    print(
+        "| program | logits, labels | kernels | bytes an element | temporary bytes | collectives |"
+    )
+    print("| --- | --- | --: | --: | --: | --- |")
+    for name in PROGRAMS:
+        for dtypes in (("float32", "float32"), ("bfloat16", "uint8")):
+            found = compiled(name, *dtypes)
+            print(
+                f"| {name} | {', '.join(dtypes)} | {len(found.kernels)} "
+                f"| {found.bytes_per_element:.2f} | {found.temporary_bytes:,} "
+                f"| {', '.join(found.collectives) or 'none'} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What XLA makes of the loss on one GPU, on eight and on two hosts of eight, seen without a GPU.
+
+gpu_compiler.py compiles; in a process of its own, as the CUDA plugin is for nobody else.
+"""
+
+import functools
+import math
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import gpu_compiler
+import pytest
+from gpu_compiler import SHAPE, Compiled
+
+from jax_bce import _primitive
+
+ROWS, COLUMNS = SHAPE
+SIZE = math.prod(SHAPE)
+FLOAT64 = 8
+SMALL = 4096  # bytes: losses, scale and smoothing
+ALIGNMENT = 512  # bytes: XLA's, of a few buffers
+# An element's logit, label and gradient.
+TYPES = {("float32", "float32"): (4, 4, 4), ("bfloat16", "uint8"): (2, 1, 2)}
+FORWARD, BACKWARD, BOTH = (f"jax_bce_v1_{kind}" for kind in ("loss", "grad", "loss_and_grad"))
+
+both_types = pytest.mark.parametrize("types", TYPES, ids="+".join)
+
+
+@pytest.fixture(scope="module")
+def compiled(require: Callable[[str], None]) -> Iterator[Callable[..., Compiled]]:
+    require("gpu-compiler")
+    require("cuda")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=gpu_compiler.prepare) as process:
+        yield functools.cache(
+            lambda *arguments: process.submit(gpu_compiler.compiled, *arguments).result()
+        )
+
+
+def assert_memory(program: Compiled, bytes_per_element: int, sums: int, gpus: int = 1) -> None:
+    """The traffic is that of elements and of the blocks' sums, the only temporaries."""
+    sums *= FLOAT64
+    moved = program.bytes_per_element * SIZE / gpus
+    assert 0 <= moved - bytes_per_element * SIZE / gpus - sums <= SMALL
+    assert 0 <= program.temporary_bytes - sums <= ALIGNMENT
+
+
+@both_types
+@pytest.mark.parametrize("name", ["value_and_grad", "value_and_grad, smoothed labels"])
+def test_one_pass(compiled: Callable[..., Compiled], name: str, types: tuple[str, str]) -> None:
+    """One kernel: nothing is converted, copied, transposed or done elsewhere."""
+    program = compiled(name, *types)
+    assert program.kernels == [BOTH]
+    assert program.collectives == []
+    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(1, SIZE))
+
+
+@both_types
+def test_vmap(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
+    program = compiled("vmap of value_and_grad", *types)
+    assert program.kernels == [BOTH]
+    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(ROWS, COLUMNS))
+
+
+@both_types
+def test_loss_alone(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
+    program = compiled("loss alone", *types)
+    assert program.kernels == [FORWARD]
+    assert_memory(program, sum(TYPES[types][:2]), _primitive._cuda.workspace(1, SIZE))
+
+
+@both_types
+def test_recompute(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
+    """Logits and labels are read twice, and nothing is kept: the sums fit into the gradient."""
+    program = compiled("value_and_grad, recompute", *types)
+    assert sorted(program.kernels) == [BACKWARD, FORWARD]
+    assert program.temporary_bytes <= ALIGNMENT
+    logit, label, gradient = TYPES[types]
+    expected = (2 * (logit + label) + gradient) * SIZE
+    sums = FLOAT64 * _primitive._cuda.workspace(1, SIZE)
+    assert 0 <= program.bytes_per_element * SIZE - expected - sums <= SMALL
+
+
+@both_types
+@pytest.mark.parametrize(("where", "gpus"), [("8 GPUs", 8), ("2 hosts of 8 GPUs", 16)])
+def test_shard_map(
+    compiled: Callable[..., Compiled], types: tuple[str, str], where: str, gpus: int
+) -> None:
+    """Each GPU evaluates its own elements; one number goes over the wire."""
+    program = compiled(f"shard_map, {where}", *types)
+    assert program.kernels == [BOTH]
+    assert program.collectives == ["all-reduce f32[]"]
+    sums = _primitive._cuda.workspace(1, SIZE // gpus)
+    assert_memory(program, sum(TYPES[types]), sums, gpus)
+
+
+several_hosts = pytest.mark.parametrize("where", ["8 GPUs", "2 hosts of 8 GPUs"])
+
+
+@both_types
+@several_hosts
+def test_sharded_operands(
+    compiled: Callable[..., Compiled], types: tuple[str, str], where: str
+) -> None:
+    """Spread by jit alone, they still meet one kernel, and nothing but whole operands is sent."""
+    program = compiled(f"value_and_grad, {where}", *types)
+    assert program.kernels.count(BOTH) == 1
+    assert all(re.match("all-(gather|reduce) ", sent) for sent in program.collectives)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="operands are gathered until the targets are batch-partitionable"
+)
+@both_types
+@several_hosts
+def test_sharded_operands_stay_where_they_are(
+    compiled: Callable[..., Compiled], types: tuple[str, str], where: str
+) -> None:
+    program = compiled(f"value_and_grad, {where}", *types)
+    assert program.collectives == ["all-reduce f32[]"]
+
+
+@both_types
+@pytest.mark.parametrize("peer", ["optax", "plain jnp", 'implementation="xla"'])
+def test_no_peer_needs_less(
+    compiled: Callable[..., Compiled], types: tuple[str, str], peer: str
+) -> None:
+    """XLA may match the traffic; it never does with one kernel."""
+    ours, theirs = compiled("value_and_grad", *types), compiled(peer, *types)
+    sums = FLOAT64 * _primitive._cuda.workspace(1, SIZE)
+    assert len(ours.kernels) < len(theirs.kernels)
+    assert (ours.bytes_per_element - theirs.bytes_per_element) * SIZE <= sums + SMALL
+    assert ours.temporary_bytes <= theirs.temporary_bytes + sums
+
+
+@both_types
+def test_the_reader_sees_other_kernels(
+    compiled: Callable[..., Compiled], types: tuple[str, str]
+) -> None:
+    """optax computes in several passes, and what they hand over is memory."""
+    program = compiled("optax", *types)
+    assert "fusion" in program.kernels
+    assert program.bytes_per_element > 1.5 * sum(TYPES[types])
+    assert program.temporary_bytes >= SIZE * TYPES[types][0]
+
+
+@both_types
+@pytest.mark.parametrize("name", ["implementation=None", 'implementation="xla"'])
+def test_without_the_kernel(
+    compiled: Callable[..., Compiled], types: tuple[str, str], name: str
+) -> None:
+    """Unasked, it is XLA: the fastest that was measured."""
+    program = compiled(name, *types)
+    assert program.kernels
+    assert not any("jax_bce" in kernel for kernel in program.kernels)
