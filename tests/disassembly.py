@@ -12,8 +12,9 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from jax_bce import _primitive
@@ -39,6 +40,13 @@ def find_cuobjdump() -> str | None:
         if spec := importlib.util.find_spec(package):
             places += [Path(place, folder) for place in spec.submodule_search_locations or ()]
     return next(filter(None, (shutil.which("cuobjdump", path=place) for place in places)), None)
+
+
+def missing() -> str | None:
+    """Why nothing can be disassembled; None if it can."""
+    if _primitive._cuda is None:
+        return _primitive.missing("cuda")
+    return None if find_cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump"
 
 
 def cuobjdump(*options: str) -> str:
@@ -107,30 +115,33 @@ def common_way(
     the shortest. Should another way hold more arithmetic, that one is taken and is longer: too many
     instructions may be counted, not too few.
     """
-    # By place and by the bits stored before it: how good the best way there is, and the one before
-    # on it. Without inner loops, a way only goes forward.
-    best: dict = {(first, 0): ((0, 0, 0), None)}
+    # For each place and each number of bits stored before it: how good the best way there is, and
+    # the place and number before on it. Without inner loops, a way only goes forward.
+    best: dict = {place: {} for place in range(first, last + 2)}
+    best[first][0] = ((0, 0, 0), None)
     for place in range(first, last + 1):
         instruction = code[place]
-        followers = [last + 1] if place == last else instruction.followers
-        for here in [key for key in best if key[0] == place]:
-            arithmetic, loaded, length = best[here][0]
+        followers = [f for f in instruction.followers if place < f <= last]
+        if place == last:
+            followers = [last + 1]
+        for stored, ((arithmetic, loaded, length), _) in best[place].items():
             arithmetic += bool(ARITHMETIC.match(instruction.text))
             quality = (arithmetic, loaded + instruction.width("LDG"), length - 1)
-            stored = here[1] + instruction.width("STG")
-            for after in ((follower, stored) for follower in followers if follower > place):
-                if after not in best or quality > best[after][0]:
-                    best[after] = (quality, here)
+            then = stored + instruction.width("STG")
+            for follower in followers:
+                if then not in best[follower] or quality > best[follower][then][0]:
+                    best[follower][then] = (quality, (place, stored))
     ends = [
         (quality, before)
-        for (place, stored), (quality, before) in best.items()
-        if place > last and 0 < stored * (logit_bytes + label_bytes) == quality[1] * logit_bytes
+        for stored, (quality, before) in best[last + 1].items()
+        if 0 < stored * (logit_bytes + label_bytes) == quality[1] * logit_bytes
     ]
     way = []
-    _, here = max(ends, default=(None, None))
-    while here is not None:
-        way.append(code[here[0]])
-        _, here = best[here]
+    _, before = max(ends, default=(None, None))
+    while before is not None:
+        place, stored = before
+        way.append(code[place])
+        _, before = best[place][stored]
     return way[::-1]
 
 
@@ -151,7 +162,9 @@ class Kernel:
         code = parse(cuobjdump("-sass", "-arch", f"sm_{self.architecture}", "-fun", self.symbol))
         sizes = BYTES[self.logits], self.label_bytes
         ways = [common_way(code, *loop, *sizes) for loop in innermost_loops(code)]
-        return min(filter(None, ways), key=self._per_element)
+        found = [way for way in ways if way]
+        assert found, f"no main loop in {self}"
+        return min(found, key=self._per_element)
 
     def _per_element(self, way: list[Instruction]) -> float:
         stored = sum(instruction.width("STG") for instruction in way)
@@ -174,50 +187,45 @@ def kernels(architecture: int) -> list[Kernel]:
     ]
 
 
+@cache
 def long_rows(architecture: int, logits: str, label_bytes: int) -> Kernel:
     wanted = ("long_rows", logits, label_bytes)
     (found,) = (k for k in kernels(architecture) if (k.name, k.logits, k.label_bytes) == wanted)
     return found
 
 
-def table(rows: list[Kernel], first_column: str) -> str:
-    def cell(widths: list[int]) -> str:
-        return ", ".join(map(str, widths))
-
+def table(rows: list[Kernel]) -> str:
     lines = [
-        f"| {first_column} | logits | label bytes | registers | stack | loads | stores "
+        "| | kernel | logits | label bytes | registers | stack | loads | stores "
         "| instructions an element |",
-        "| --- | --- " + "| --: " * 6 + "|",
+        "| --: | --- | --- " + "| --: " * 6 + "|",
     ]
     for kernel in rows:
-        name = kernel.architecture if first_column == "architecture" else f"`{kernel.name}`"
-        line = f"| {name} | {kernel.logits} | {kernel.label_bytes or ''} | {kernel.registers} "
-        line += f"| {kernel.stack} "
+        cells = [kernel.architecture, kernel.name, kernel.logits, kernel.label_bytes or ""]
+        cells += [kernel.registers, kernel.stack]
         if kernel.label_bytes:
-            line += f"| {cell(kernel.widths('LDG'))} | {cell(kernel.widths('STG'))} "
-            line += f"| {kernel.instructions_per_element:.1f} |"
-        else:
-            line += "| | | |"
-        lines.append(line)
+            cells += [", ".join(map(str, kernel.widths(each))) for each in ("LDG", "STG")]
+            cells += [f"{kernel.instructions_per_element:.1f}"]
+        else:  # it has no elements, only their sums
+            cells += ["", "", ""]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--architecture", type=int, help="only this one, with all kernels")
+    parser.add_argument("--architecture", type=int, help="all kernels of this one, nothing else")
     asked = parser.parse_args().architecture
+    if reason := missing():
+        sys.exit(reason)
     if not asked:
         print(f"Machine code for {', '.join(map(str, architectures('elf')))}; ", end="")
         print(f"PTX of {', '.join(map(str, architectures('ptx')))}.\n")
-        print("`long_rows`, float32 with labels of 4 bytes and bfloat16 with labels of 1:\n")
         types = ("float32", 4), ("bfloat16", 1)
-        rows = [long_rows(a, *t) for t in types for a in architectures("elf")]
-        print(table(rows, "architecture"))
+        print(table([long_rows(a, *t) for t in types for a in architectures("elf")]) + "\n")
     order = list(BYTES)
-    found = sorted(
-        kernels(asked or 90), key=lambda k: (k.name, order.index(k.logits), k.label_bytes)
-    )
-    print(f"\nAll kernels for {asked or 90}:\n\n{table(found, 'kernel')}")
+    found = kernels(asked or 90)
+    print(table(sorted(found, key=lambda k: (k.name, order.index(k.logits), k.label_bytes))))
 
 
 if __name__ == "__main__":
