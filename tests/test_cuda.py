@@ -154,7 +154,9 @@ def test_code_for_each_architecture(module, code) -> None:
     assert code.architectures("ptx") == named[-1:]
 
 
-@pytest.mark.xfail(strict=True, reason="four bytes or more of some kernels are spilled")
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="four bytes or more of some kernels are spilled"
+)
 def test_everything_is_in_registers(code) -> None:
     """No kernel keeps a variable in memory, on any architecture."""
     kernels = [kernel for number in code.architectures("elf") for kernel in code.kernels(number)]
@@ -169,14 +171,16 @@ def test_loads_of_sixteen_bytes(code) -> None:
         assert set(kernel.widths("LDG")) == {128}, kernel
 
 
-@pytest.mark.xfail(strict=True, reason="before 10.0, long_rows stores 4 bytes at a time")
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="before 10.0, long_rows stores 4 bytes at a time"
+)
 def test_stores_of_sixteen_bytes(code) -> None:
     for architecture in code.architectures("elf"):
         kernel = code.long_rows(architecture, "float32", 4)
         assert set(kernel.widths("STG")) == {128}, kernel
 
 
-@pytest.mark.xfail(strict=True, reason="over the budget: see docs/gpu.md")
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="over the budget: see docs/gpu.md")
 @pytest.mark.parametrize(
     ("logits", "label_bytes", "budget"),
     [("float32", 4, BUDGET), ("bfloat16", 1, BUDGET_BFLOAT16)],

@@ -111,7 +111,9 @@ def test_sharded_operands(
 
 
 @pytest.mark.xfail(
-    strict=True, reason="operands are gathered until the targets are batch-partitionable"
+    raises=AssertionError,
+    strict=True,
+    reason="operands are gathered until the targets are batch-partitionable",
 )
 @both_types
 @several_hosts
