@@ -329,6 +329,11 @@ class Share {
   // Evaluated together, while as many more are on their way: 24 KiB a multiprocessor, or more.
   static constexpr int kQuads = sizeof(Logit) == 8 || sizeof(Label) == 8 ? 1 : kNarrow ? 4 : 2;
 
+  // The sign bits of four numbers, or of two pairs of 16-bit ones.
+  struct Signs {
+    std::conditional_t<kNarrow, uint32_t, typename L::Bits> bits[kNarrow ? 2 : kQuad];
+  };
+
   __device__ bool with_loss() const { return problem_.loss.data; }
   __device__ bool with_gradient() const { return problem_.gradient.data; }
   __device__ bool is_broadcast(const Operand& operand) const {
@@ -379,79 +384,86 @@ class Share {
     const Scalar factor = factor_at(0), divisor = L::reciprocal(factor);
     const Label one = one_of<Label>(problem_.labels.type);
     constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
-    Quad<Logit> next_logits[kQuads];
-    Quad<Label> next_labels[kQuads];
+    Quad<Logit> logits[kQuads];
+    Quad<Label> labels[kQuads];
     const auto fetch = [&](int ahead) {
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q) {
-        next_logits[q] = Quad<Logit>::load(logits_ + ahead + 32 * q);
-        next_labels[q] = Quad<Label>::load(labels_ + ahead + 32 * q);
+        logits[q] = Quad<Logit>::load(logits_ + ahead + 32 * q);
+        labels[q] = Quad<Label>::load(labels_ + ahead + 32 * q);
       }
     };
     if (left_ >= kLast) fetch(0);
 #pragma unroll 1
     for (; left_ >= kLast; left_ -= kStep) {
-      Quad<Logit> logits[kQuads];
-      Quad<Label> labels[kQuads];
+      // A label of 1 is one of 0 with the signs of logit and gradient turned.
+      Scalar z[kQuads][kQuad];
+      Signs signs[kQuads];
+      bool common = true;
       BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q) logits[q] = next_logits[q], labels[q] = next_labels[q];
+      for (int q = 0; q < kQuads; ++q) {
+        common &= turn(logits[q], labels[q], one, z[q], &signs[q]);
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) common &= is_common(z[q][c]);
+      }
+      if (!common) return;
+      // On their way while these are evaluated.
       if (left_ >= kStep + kLast) fetch(kStep);
-      if constexpr (kNarrow) {
-        uint32_t signs[kQuads][2];
-        Scalar z[kQuads][kQuad];
-        bool common = true;
-        BCE_UNROLL
-        for (int q = 0; q < kQuads; ++q) {
-          common = signs_of(labels[q], one, signs[q]) && common;
-          const uint32_t turned[] = {logits[q].vectors[0].x ^ signs[q][0],
-                                     logits[q].vectors[0].y ^ signs[q][1]};
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            z[q][c] = convert_pair(Logit(), turned[c / 2], c % 2);
-            common &= is_common(z[q][c]);
-          }
-        }
-        if (!common) return;
-        BCE_UNROLL
-        for (int q = 0; q < kQuads; ++q)
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        if constexpr (kNarrow)
           evaluate_narrow(z[q], signs[q], factor, divisor, result_ + 32 * q);
-      } else {
-        bool common = true;
-        BCE_UNROLL
-        for (int q = 0; q < kQuads; ++q) {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            const Label label = labels[q].get(c);
-            common &= is_common(convert(logits[q].get(c))) & (label == 0 || label == one);
-          }
-        }
-        if (!common) return;
-        BCE_UNROLL
-        for (int q = 0; q < kQuads; ++q) {
-          Scalar loss[kQuad] = {}, gradient[kQuad] = {};
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            // A label of 1 is one of 0 with everything turned round.
-            const bool turn = labels[q].get(c) == one;
-            const Scalar x = convert(logits[q].get(c));
-            evaluate_element<true>(c, turn ? -x : x, 0, 0, factor, loss, gradient);
-            if (turn) gradient[c] = -gradient[c];
-          }
-          if (with_loss() && !problem_.reduce)
-            store_plain(problem_.loss, result_ + 32 * q, Quad<Logit>::rounded(loss));
-          if (with_gradient())
-            store_plain(problem_.gradient, result_ + 32 * q, Quad<Logit>::rounded(gradient));
-        }
+        else
+          evaluate_common(z[q], signs[q], factor, result_ + 32 * q);
       }
       logits_ += kStep, labels_ += kStep, result_ += kStep;
     }
+  }
+
+  // Logits and the signs that labels of 1 turn. False if a label is neither 0 nor 1, whose bits are
+  // `one`.
+  __device__ static bool turn(const Quad<Logit>& logits, const Quad<Label>& labels, Label one,
+                              Scalar* z, Signs* signs) {
+    bool hard = true;
+    if constexpr (kNarrow) {
+      hard = signs_of(labels, one, signs->bits);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const uint32_t pair = c < 2 ? logits.vectors[0].x : logits.vectors[0].y;
+        z[c] = convert_pair(Logit(), pair ^ signs->bits[c / 2], c % 2);
+      }
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const Label label = labels.get(c);
+        hard &= label == 0 || label == one;
+        signs->bits[c] = label == one ? sign_of<L>(-1) : 0;
+        z[c] = L::from_bits(L::to_bits(convert(logits.get(c))) ^ signs->bits[c]);
+      }
+    }
+    return hard;
+  }
+
+  __device__ void evaluate_common(const Scalar* z, const Signs& signs, Scalar factor,
+                                  int64_t result) {
+    const Scalar zeros[kQuad] = {};
+    Scalar factors[kQuad], turned[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      factors[c] = factor;
+      turned[c] = L::from_bits(L::to_bits(factor) ^ signs.bits[c]);
+    }
+    evaluate_wide<true>(z, zeros, zeros, factors, turned,
+                        [&](const Result& to, const Scalar* values) {
+                          store_plain(to, result, Quad<Logit>::rounded(values));
+                        });
   }
 
   __device__ static bool is_common(Scalar x) {
     return magnitude_of<L>(x) <= Format<Scalar>::kCommon;
   }
 
-  __device__ void evaluate_narrow(const Scalar* z, const uint32_t* signs, Scalar factor,
+  __device__ void evaluate_narrow(const Scalar* z, const Signs& signs, Scalar factor,
                                   Scalar divisor, int64_t result) {
     Narrow<L> narrow[kQuad];
     BCE_UNROLL
@@ -473,8 +485,8 @@ class Share {
     if (with_gradient()) {
       const auto gradient = [&](int c) { return hard_gradient_of<L>(z[c], narrow[c].e, divisor); };
       store_plain(problem_.gradient, result,
-                  {{{signs[0] ^ bits_of(gradient(0), gradient(1)),
-                     signs[1] ^ bits_of(gradient(2), gradient(3))}}});
+                  {{{signs.bits[0] ^ bits_of(gradient(0), gradient(1)),
+                     signs.bits[1] ^ bits_of(gradient(2), gradient(3))}}});
     }
   }
 
@@ -502,68 +514,92 @@ class Share {
     round_to(&minus_infinity, -Format<Scalar>::kInfinity);
     const auto logits = load(logits_, is_broadcast(problem_.logits), left_, minus_infinity);
     const auto labels = load(labels_, is_broadcast(problem_.labels), left_, Label(0));
-    Scalar x[kQuad], y[kQuad], loss[kQuad] = {}, gradient[kQuad] = {};
+    const int64_t column = result_ - row_ * problem_.columns();
+    const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
+    Scalar x[kQuad], y[kQuad], smoothing[kQuad], factor[kQuad];
+    bool narrow = kNarrow && left_ >= kQuad && is_usual();
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
       x[c] = convert(logits.get(c));
       y[c] = label_of<Scalar>(problem_.labels.type, labels.get(c));
+      smoothing[c] = c < left_ ? row_smoothing : 0;
+      factor[c] = row_factor;
+      if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
+      if (c < left_ && !is_broadcast(problem_.scale)) factor[c] = factor_at(column + c);
+      narrow = narrow && is_common(x[c]) && y[c] >= 0 && y[c] <= 1;
     }
-    const int64_t column = result_ - row_ * problem_.columns();
-    const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
-    bool narrow = kNarrow && left_ >= kQuad && is_usual();
+    const auto store_some = [&](const Result& to, const Scalar* values) {
+      store<Logit>(to, result_, left_, values);
+    };
+    if (!narrow)
+      evaluate_wide<false>(x, y, smoothing, factor, factor, store_some);
+    else if constexpr (kNarrow)
+      evaluate_soft(x, y, row_smoothing, row_factor, store_some);
+  }
+
+  template <class Store>
+  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, Scalar smoothing, Scalar factor,
+                                const Store& store_four) {
+    Narrow<L> narrow[kQuad];
+    Scalar values[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) narrow = narrow && is_common(x[c]) && y[c] >= 0 && y[c] <= 1;
-    if (narrow) {
-      if constexpr (kNarrow) evaluate_soft(x, y, row_smoothing, row_factor, loss, gradient);
-    } else {
+    for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L>(x[c]);
+    if (with_loss()) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        Scalar factor = row_factor, smoothing = c < left_ ? row_smoothing : 0;
-        if (c < left_ && !is_broadcast(problem_.scale)) factor = factor_at(column + c);
-        if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing = smoothing_at(column + c);
-        evaluate_element<false>(c, x[c], y[c], smoothing, factor, loss, gradient);
-      }
-    }
-    if (with_loss() && !problem_.reduce) store<Logit>(problem_.loss, result_, left_, loss);
-    if (with_gradient()) store<Logit>(problem_.gradient, result_, left_, gradient);
-  }
-
-  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, Scalar smoothing, Scalar factor,
-                                Scalar* loss, Scalar* gradient) {
-    const Scalar divisor = L::reciprocal(factor);
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      const Narrow<L> narrow = narrow_of<L>(x[c]);
-      const double linear = soft_coefficient_of<double>(x[c], y[c], smoothing) * ::fabs(x[c]);
-      if (with_loss() && problem_.reduce) {
-        add_log1p(c, narrow);
+        const double linear = soft_coefficient_of<double>(x[c], y[c], smoothing) * ::fabs(x[c]);
+        values[c] = factor * L::fma(2, narrow[c].half_log1p.high + narrow[c].half_log1p.low,
+                                    static_cast<Scalar>(linear));
+        if (!problem_.reduce) continue;
+        add_log1p(c, narrow[c]);
         high_[c] += linear;
-      } else if (with_loss()) {
-        const Scalar log1p = narrow.half_log1p.high + narrow.half_log1p.low;
-        loss[c] = factor * L::fma(2, log1p, static_cast<Scalar>(linear));
       }
-      if (with_gradient())
-        gradient[c] = soft_gradient_of<L>(x[c], soft_coefficient_of<Scalar>(x[c], y[c], smoothing),
-                                          narrow.e, divisor);
+      if (!problem_.reduce) store_four(problem_.loss, values);
+    }
+    if (with_gradient()) {
+      const Scalar divisor = L::reciprocal(factor);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = soft_gradient_of<L>(x[c], soft_coefficient_of<Scalar>(x[c], y[c], smoothing),
+                                        narrow[c].e, divisor);
+      store_four(problem_.gradient, values);
     }
   }
 
-  template <bool kCommon>
-  __device__ void evaluate_element(int c, Scalar x, Scalar y, Scalar smoothing, Scalar factor,
-                                   Scalar* loss, Scalar* gradient) {
-    const Exponential<L> exponential = exp_of<L, kCommon>(x);
+  // A gradient's factor is that of its loss, or, where a label turned the logit, minus that.
+  template <bool kCommon, class Store>
+  __device__ void evaluate_wide(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                const Scalar* factor, const Scalar* gradient_factor,
+                                const Store& store_four) {
+    Exponential<L> exponential[kQuad];
+    Scalar values[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommon>(x[c]);
     if (with_loss()) {
-      const Pair<Scalar> pair = loss_of<L, kCommon>(x, y, smoothing, exponential);
+      Pair<Scalar> pairs[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        pairs[c] = loss_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]);
       if (problem_.reduce) {
-        high_[c] += pair.high;
-        low_[c] += pair.low;
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          high_[c] += pairs[c].high;
+          low_[c] += pairs[c].low;
+        }
       } else {
-        loss[c] = scaled<Logit>(pair, factor, is_narrow<Logit, Scalar>(problem_.loss));
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          values[c] = scaled<Logit>(pairs[c], factor[c], is_narrow<Logit, Scalar>(problem_.loss));
+        store_four(problem_.loss, values);
       }
     }
-    if (with_gradient())
-      gradient[c] = scaled<Logit>(gradient_of<L, kCommon>(x, y, smoothing, exponential), factor,
-                                  is_narrow<Logit, Scalar>(problem_.gradient));
+    if (with_gradient()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = scaled<Logit>(gradient_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]),
+                                  gradient_factor[c], is_narrow<Logit, Scalar>(problem_.gradient));
+      store_four(problem_.gradient, values);
+    }
   }
 
   const Problem& problem_;
@@ -578,9 +614,14 @@ class Share {
   Scalar low_[kQuad] = {};
 };
 
+// Thread blocks on a multiprocessor: as many as leave all variables in registers.
+template <class Logit>
+constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 1 : 2;
+
 // Rows of at most a group: a warp for each.
 template <class Logit, class Label>
-__global__ void __launch_bounds__(kThreads, 2) short_rows(const Problem problem) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
+    short_rows(const Problem problem) {
   const int64_t rows = problem.rows();
   const int64_t first = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
   for (int64_t row = first; row < rows; row += gridDim.x * int64_t{kWarps}) {
@@ -595,7 +636,8 @@ __global__ void __launch_bounds__(kThreads, 2) short_rows(const Problem problem)
 
 // Longer rows: a thread block for each block.
 template <class Logit, class Label>
-__global__ void __launch_bounds__(kThreads, 2) long_rows(const Problem problem, double* workspace) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
+    long_rows(const Problem problem, double* workspace) {
   const int64_t rows = problem.rows();
   const int64_t begin = blockIdx.x * kBlock + threadIdx.x / kWarp * kGroup;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {

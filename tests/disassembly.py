@@ -64,15 +64,14 @@ class Instruction:
     text: str
     followers: list[int]  # what may come next: places in the kernel's list of instructions
 
-    def width(self, operation: str) -> int:
-        """How many bits a thread loads ("LDG") or stores ("STG") with it.
+    @property
+    def is_conditional(self) -> bool:
+        return self.text.startswith("@")
 
-        A load under a condition is none: it is of an operand that seldom varies within a row.
-        """
+    def width(self, operation: str) -> int:
+        """How many bits a thread loads ("LDG") or stores ("STG") with it."""
         access = ACCESS.match(self.text)
-        if not access or access[2] != operation or (access[1] and operation == "LDG"):
-            return 0
-        return int(access[3] or 32)
+        return int(access[3] or 32) if access and access[2] == operation else 0
 
 
 def parse(disassembly: str) -> list[Instruction]:
@@ -127,10 +126,14 @@ def common_way(
         for stored, ((arithmetic, loaded, length), _) in best[place].items():
             arithmetic += bool(ARITHMETIC.match(instruction.text))
             quality = (arithmetic, loaded + instruction.width("LDG"), length - 1)
-            then = stored + instruction.width("STG")
-            for follower in followers:
-                if then not in best[follower] or quality > best[follower][then][0]:
-                    best[follower][then] = (quality, (place, stored))
+            width = instruction.width("STG")
+            # A store under a condition is not always asked for.
+            for then in (
+                {stored + width, stored} if instruction.is_conditional else {stored + width}
+            ):
+                for follower in followers:
+                    if then not in best[follower] or quality > best[follower][then][0]:
+                        best[follower][then] = (quality, (place, stored))
     ends = [
         (quality, before)
         for stored, (quality, before) in best[last + 1].items()
@@ -158,21 +161,23 @@ class Kernel:
 
     @cached_property
     def main_loop(self) -> list[Instruction]:
-        """One turn of it: of the innermost loops, the one with the least work for an element."""
+        """One turn of it: of the innermost loops, the one that loads four elements at a time."""
         code = parse(cuobjdump("-sass", "-arch", f"sm_{self.architecture}", "-fun", self.symbol))
         sizes = BYTES[self.logits], self.label_bytes
         ways = [common_way(code, *loop, *sizes) for loop in innermost_loops(code)]
-        found = [way for way in ways if way]
-        assert found, f"no main loop in {self}"
-        return min(found, key=self._per_element)
-
-    def _per_element(self, way: list[Instruction]) -> float:
-        stored = sum(instruction.width("STG") for instruction in way)
-        return len(way) * 8 * BYTES[self.logits] / stored
+        widths = {min(128, 32 * size) for size in sizes}
+        found = [
+            way
+            for way in ways
+            if way and widths == {width for each in way if (width := each.width("LDG"))}
+        ]
+        assert len(found) == 1, f"{len(found)} main loops in {self}"
+        return found[0]
 
     @property
     def instructions_per_element(self) -> float:
-        return self._per_element(self.main_loop)
+        elements = sum(self.widths("LDG")) / 8 / (BYTES[self.logits] + self.label_bytes)
+        return len(self.main_loop) / elements
 
     def widths(self, operation: str) -> list[int]:
         """Of the main loop's loads ("LDG") or stores ("STG"), in bits."""

@@ -104,7 +104,7 @@ LISTING = """
            BRA evaluate
     last_elements: @P1 LDG.E.U8 R8, desc[UR4][R10.64]
            @P2 LDG.E.U8 R9, desc[UR4][R10.64+0x1]
-    evaluate: @P3 LDG.E R12, desc[UR4][R14.64]
+    evaluate: @P3 STG.E.128 desc[UR4][R14.64], R12
            @P4 BRA P5, rare
            @P6 BRA no_gradient
            MUFU.RCP R16, R4
@@ -142,9 +142,7 @@ def test_the_reader_takes_the_common_way() -> None:
         *(6, 7, 8, 9, 10, 11),
         *(19, 20, 21),
     ]
-    assert [instruction.width("LDG") for instruction in way if "LDG" in instruction.text] == [
-        *(128, 32, 0)
-    ]
+    assert [width for instruction in way if (width := instruction.width("LDG"))] == [128, 32]
 
 
 def test_code_for_each_architecture(module, code) -> None:
