@@ -59,7 +59,7 @@ def _why_no_gpu() -> str | None:
     except RuntimeError as error:
         # JAX refuses every platform where one that it was told to use does not start.
         jax.config.update("jax_platforms", "cpu")
-        return str(error)
+        return f"JAX has no GPU: {error}"
     return None
 
 
