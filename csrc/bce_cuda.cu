@@ -453,10 +453,10 @@ class Share {
       factors[c] = factor;
       turned[c] = L::from_bits(L::to_bits(factor) ^ signs.bits[c]);
     }
-    evaluate_wide<true>(z, zeros, zeros, factors, turned,
-                        [&](const Result& to, const Scalar* values) {
-                          store_plain(to, result, Quad<Logit>::rounded(values));
-                        });
+    evaluate_wide<true, kQuad>(0, z, zeros, zeros, factors, turned,
+                               [&](const Result& to, const Scalar* values) {
+                                 store_plain(to, result, Quad<Logit>::rounded(values));
+                               });
   }
 
   __device__ static bool is_common(Scalar x) {
@@ -470,10 +470,7 @@ class Share {
     for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L>(z[c]);
     if (with_loss() && problem_.reduce) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) add_log1p(c, narrow[c]);
-      // Rounded at most once.
-      high_[0] += L::max(z[0], 0) + L::max(z[2], 0);
-      high_[1] += L::max(z[1], 0) + L::max(z[3], 0);
+      for (int c = 0; c < kQuad; ++c) add(c, narrow[c], L::max(z[c], 0));
     } else if (with_loss()) {
       const auto loss = [&](int c) {
         return factor *
@@ -490,8 +487,8 @@ class Share {
     }
   }
 
-  __device__ void add_log1p(int c, const Narrow<L>& narrow) {
-    high_[c] = ::fma(2.0, static_cast<double>(narrow.half_log1p.high), high_[c]);
+  __device__ void add(int c, const Narrow<L>& narrow, double linear) {
+    high_[c] = ::fma(2.0, static_cast<double>(narrow.half_log1p.high), high_[c]) + linear;
     low_[c] = L::fma(2, narrow.half_log1p.low, low_[c]);
   }
 
@@ -517,7 +514,6 @@ class Share {
     const int64_t column = result_ - row_ * problem_.columns();
     const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
     Scalar x[kQuad], y[kQuad], smoothing[kQuad], factor[kQuad];
-    bool narrow = kNarrow && left_ >= kQuad && is_usual();
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
       x[c] = convert(logits.get(c));
@@ -526,79 +522,87 @@ class Share {
       factor[c] = row_factor;
       if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
       if (c < left_ && !is_broadcast(problem_.scale)) factor[c] = factor_at(column + c);
-      narrow = narrow && is_common(x[c]) && y[c] >= 0 && y[c] <= 1;
     }
-    const auto store_some = [&](const Result& to, const Scalar* values) {
-      store<Logit>(to, result_, left_, values);
-    };
-    if (!narrow)
-      evaluate_wide<false>(x, y, smoothing, factor, factor, store_some);
-    else if constexpr (kNarrow)
-      evaluate_soft(x, y, row_smoothing, row_factor, store_some);
-  }
-
-  template <class Store>
-  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, Scalar smoothing, Scalar factor,
-                                const Store& store_four) {
-    Narrow<L> narrow[kQuad];
-    Scalar values[kQuad];
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L>(x[c]);
-    if (with_loss()) {
+    if constexpr (kNarrow) {
+      Scalar loss[kQuad] = {}, gradient[kQuad] = {};
+      const bool usual = is_usual();
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        const double linear = soft_coefficient_of<double>(x[c], y[c], smoothing) * ::fabs(x[c]);
-        values[c] = factor * L::fma(2, narrow[c].half_log1p.high + narrow[c].half_log1p.low,
-                                    static_cast<Scalar>(linear));
-        if (!problem_.reduce) continue;
-        add_log1p(c, narrow[c]);
-        high_[c] += linear;
+        const auto keep = [&](const Result& result, const Scalar* value) {
+          (&result == &problem_.loss ? loss : gradient)[c] = *value;
+        };
+        // By its own value, so that an element has the same bits beside any other.
+        if (usual && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
+          evaluate_soft(c, x[c], y[c], row_smoothing, row_factor, keep);
+        else
+          evaluate_wide<false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c, keep);
       }
-      if (!problem_.reduce) store_four(problem_.loss, values);
-    }
-    if (with_gradient()) {
-      const Scalar divisor = L::reciprocal(factor);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        values[c] = soft_gradient_of<L>(x[c], soft_coefficient_of<Scalar>(x[c], y[c], smoothing),
-                                        narrow[c].e, divisor);
-      store_four(problem_.gradient, values);
+      if (with_loss() && !problem_.reduce) store<Logit>(problem_.loss, result_, left_, loss);
+      if (with_gradient()) store<Logit>(problem_.gradient, result_, left_, gradient);
+    } else {
+      evaluate_wide<false, kQuad>(0, x, y, smoothing, factor, factor,
+                                  [&](const Result& result, const Scalar* values) {
+                                    store<Logit>(result, result_, left_, values);
+                                  });
     }
   }
 
-  // A gradient's factor is that of its loss, or, where a label turned the logit, minus that.
-  template <bool kCommon, class Store>
-  __device__ void evaluate_wide(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                const Scalar* factor, const Scalar* gradient_factor,
-                                const Store& store_four) {
-    Exponential<L> exponential[kQuad];
-    Scalar values[kQuad];
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommon>(x[c]);
+  // Of a label of 0 or 1, the bits of evaluate_narrow.
+  template <class Keep>
+  __device__ void evaluate_soft(int c, Scalar x, Scalar y, Scalar smoothing, Scalar factor,
+                                const Keep& keep) {
+    const Narrow<L> narrow = narrow_of<L>(x);
     if (with_loss()) {
-      Pair<Scalar> pairs[kQuad];
+      const double linear = soft_coefficient_of<double>(x, y, smoothing) * ::fabs(x);
+      if (problem_.reduce) {
+        add(c, narrow, linear);
+      } else {
+        const Scalar loss = factor * L::fma(2, narrow.half_log1p.high + narrow.half_log1p.low,
+                                            static_cast<Scalar>(linear));
+        keep(problem_.loss, &loss);
+      }
+    }
+    if (with_gradient()) {
+      const Scalar coefficient = soft_coefficient_of<Scalar>(x, y, smoothing);
+      const Scalar gradient = soft_gradient_of<L>(x, coefficient, narrow.e, L::reciprocal(factor));
+      keep(problem_.gradient, &gradient);
+    }
+  }
+
+  // Elements of the lanes from `lane` on. A gradient's factor is that of its loss, or, where a
+  // label turned the logit, minus that.
+  template <bool kCommon, int kCount, class Keep>
+  __device__ void evaluate_wide(int lane, const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                const Scalar* factor, const Scalar* gradient_factor,
+                                const Keep& keep) {
+    Exponential<L> exponential[kCount];
+    Scalar values[kCount];
+    BCE_UNROLL
+    for (int c = 0; c < kCount; ++c) exponential[c] = exp_of<L, kCommon>(x[c]);
+    if (with_loss()) {
+      Pair<Scalar> pairs[kCount];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
+      for (int c = 0; c < kCount; ++c)
         pairs[c] = loss_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]);
       if (problem_.reduce) {
         BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) {
-          high_[c] += pairs[c].high;
-          low_[c] += pairs[c].low;
+        for (int c = 0; c < kCount; ++c) {
+          high_[lane + c] += pairs[c].high;
+          low_[lane + c] += pairs[c].low;
         }
       } else {
         BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
+        for (int c = 0; c < kCount; ++c)
           values[c] = scaled<Logit>(pairs[c], factor[c], is_narrow<Logit, Scalar>(problem_.loss));
-        store_four(problem_.loss, values);
+        keep(problem_.loss, values);
       }
     }
     if (with_gradient()) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
+      for (int c = 0; c < kCount; ++c)
         values[c] = scaled<Logit>(gradient_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]),
                                   gradient_factor[c], is_narrow<Logit, Scalar>(problem_.gradient));
-      store_four(problem_.gradient, values);
+      keep(problem_.gradient, values);
     }
   }
 

@@ -93,8 +93,8 @@ def code(module, require: Callable[[str], None]):
 # How many instructions an H200 can issue for an element in the time that its memory takes: 132
 # processors, each 4 x 32 threads a clock of 1.98 GHz; 12 bytes an element at 4.3 TB/s.
 BUDGET = 93
-# 5 bytes an element would allow 38; this is what is asked for.
-BUDGET_BFLOAT16 = 84
+# 5 bytes an element allow 38 at that speed, 47.5 at the 80% of it that is asked for.
+BUDGET_BFLOAT16 = 47.5
 
 
 LISTING = """
@@ -152,9 +152,6 @@ def test_code_for_each_architecture(module, code) -> None:
     assert code.architectures("ptx") == named[-1:]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="four bytes or more of some kernels are spilled"
-)
 def test_everything_is_in_registers(code) -> None:
     """No kernel keeps a variable in memory, on any architecture."""
     kernels = [kernel for number in code.architectures("elf") for kernel in code.kernels(number)]
@@ -169,16 +166,12 @@ def test_loads_of_sixteen_bytes(code) -> None:
         assert set(kernel.widths("LDG")) == {128}, kernel
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="before 10.0, long_rows stores 4 bytes at a time"
-)
 def test_stores_of_sixteen_bytes(code) -> None:
     for architecture in code.architectures("elf"):
         kernel = code.long_rows(architecture, "float32", 4)
         assert set(kernel.widths("STG")) == {128}, kernel
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="over the budget: see docs/gpu.md")
 @pytest.mark.parametrize(
     ("logits", "label_bytes", "budget"),
     [("float32", 4, BUDGET), ("bfloat16", 1, BUDGET_BFLOAT16)],
