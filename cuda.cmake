@@ -41,13 +41,17 @@ endforeach()
 list(GET ARCHITECTURES -1 NEWEST)
 list(APPEND CODE -gencode arch=compute_${NEWEST},code=compute_${NEWEST})
 
-# nvcc may be a script elsewhere: its own words say where its libraries are.
+# nvcc may be a script elsewhere: its own words say where its libraries are. (Debian's names no TOP.)
 execute_process(COMMAND ${NVCC} --dryrun -x cu -c /dev/null -o /dev/null ERROR_VARIABLE DRYRUN)
-string(REGEX MATCH "TOP=([^\n]*)" _ "${DRYRUN}")
-find_library(CUDART_STATIC cudart_static NO_DEFAULT_PATH PATHS ${CMAKE_MATCH_1}
+string(REGEX MATCHALL "-L[^\" \n]+" FOLDERS "${DRYRUN}")
+list(TRANSFORM FOLDERS REPLACE "^-L" "")
+if(DRYRUN MATCHES "TOP=([^\n]*)")
+  list(PREPEND FOLDERS ${CMAKE_MATCH_1})
+endif()
+find_library(CUDART_STATIC cudart_static NO_DEFAULT_PATH PATHS ${FOLDERS}
   PATH_SUFFIXES lib64 lib targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib targets/sbsa-linux/lib)
 if(NOT CUDART_STATIC)
-  message(FATAL_ERROR "${NVCC} comes without libcudart_static.a (looked in ${CMAKE_MATCH_1}): "
+  message(FATAL_ERROR "${NVCC} comes without libcudart_static.a (looked in ${FOLDERS}): "
     "install the toolkit's runtime, nvidia-cuda-runtime, or set JAX_BCE_CUDA=OFF")
 endif()
 list(JOIN ARCHITECTURES ", " ARCHITECTURES)

@@ -2,9 +2,12 @@
 // block of a long row, or eight short rows; what the blocks of a row add up to is added by a second
 // kernel. The order is that of bce_problem.h.
 //
+// A thread takes four elements at a time. First, in a loop of few instructions, those that nearly
+// all training has: aligned, labels 0 or 1, no smoothing. From the first exception on a general
+// loop goes on, so that the order stays.
+//
 // A kernel is compiled for each logits dtype and each width of a label. Everything else, the
-// labels' dtype among it, is the same for all threads and decided while the kernel runs: once for
-// four elements, which a thread loads, evaluates and stores together.
+// labels' dtype among it, is the same for all threads and decided while the kernel runs.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -110,6 +113,12 @@ __device__ Scalar label_of(Type type, uint64_t bits) {
   return static_cast<Scalar>(type == Type::kF64 ? __longlong_as_double(static_cast<long long>(bits))
                                                 : static_cast<Scalar>(static_cast<int64_t>(bits)));
 }
+
+template <class Stored>
+constexpr Type kTypeOf = std::is_same_v<Stored, __half>          ? Type::kF16
+                         : std::is_same_v<Stored, __nv_bfloat16> ? Type::kBF16
+                         : std::is_same_v<Stored, float>         ? Type::kF32
+                                                                 : Type::kF64;
 
 // The bits of a label of 1.
 template <class Bits>
@@ -244,28 +253,23 @@ __device__ bool signs_of(const Quad<Bits>& labels, Bits one, uint32_t* signs) {
   return hard;
 }
 
-// Results have the logits' type or the arithmetic's.
-template <class Logit, class Scalar>
-__device__ bool is_narrow(const Result& result) {
-  return !std::is_same_v<Logit, Scalar> && result.type != Type::kF32;
-}
-
 // A result times its factor, ready to be rounded to its type.
-template <class Logit, class Scalar>
-__device__ Scalar scaled(Pair<Scalar> value, Scalar factor, bool narrow) {
+template <class Scalar>
+__device__ Scalar scaled(Pair<Scalar> value, Scalar factor, Type type) {
   value = fast_two_sum(value.high, value.low);
   // As in bce_cpu.cc, bfloat16 does not need it.
-  if constexpr (std::is_same_v<Logit, __half>)
-    if (narrow) value.high = round_to_odd<Lane<Scalar>>(value.high, value.low);
+  if (type == Type::kF16) value.high = round_to_odd<Lane<Scalar>>(value.high, value.low);
   return value.high * factor;
 }
 
-template <class Logit, class Scalar>
+template <class Scalar>
 __device__ void store(const Result& result, int64_t offset, int left, const Scalar* values) {
-  if (is_narrow<Logit, Scalar>(result))
-    store_as<Logit>(result.data, offset, left, values);
-  else
-    store_as<Scalar>(result.data, offset, left, values);
+  if constexpr (sizeof(Scalar) == 4) {
+    if (result.type == Type::kF16) return store_as<__half>(result.data, offset, left, values);
+    if (result.type == Type::kBF16)
+      return store_as<__nv_bfloat16>(result.data, offset, left, values);
+  }
+  store_as<Scalar>(result.data, offset, left, values);
 }
 
 __device__ double fold(double number) {
@@ -301,7 +305,12 @@ class Share {
   using Scalar = decltype(convert(Logit()));
 
   __device__ Share(const Problem& problem, int64_t row, const RowStart& start, int64_t begin)
-      : problem_(problem), row_(row), start_(start) {
+      : problem_(problem),
+        row_(row),
+        start_(start),
+        factor_(problem.columns() ? factor_at(0) : 0),
+        smoothing_(problem.columns() ? smoothing_at(0) : 0),
+        usual_(is_usual()) {
     const int lane = threadIdx.x % kWarp;
     const int first = lane / 8 * 256 + lane % 8 * kQuad, behind = (lane / 8 + 1) * 256;
     const int64_t rest = problem.columns() - begin;
@@ -326,7 +335,7 @@ class Share {
  private:
   using L = Lane<Scalar>;
   static constexpr bool kNarrow = sizeof(Logit) == 2;
-  // Evaluated together, while as many more are on their way: 24 KiB a multiprocessor, or more.
+  // Evaluated together, while as many more are on their way: some 20 KiB on a multiprocessor.
   static constexpr int kQuads = sizeof(Logit) == 8 || sizeof(Label) == 8 ? 1 : kNarrow ? 4 : 2;
 
   // The sign bits of four numbers, or of two pairs of 16-bit ones.
@@ -353,17 +362,16 @@ class Share {
     if (!is_broadcast(problem_.labels)) labels_ += elements;
   }
 
-  // Whether every element has one factor and one smoothing, and results of 16-bit logits have 16
-  // bits too, or are sums.
+  // Whether all elements have one factor and one smoothing, and results the logits' type.
   __device__ bool is_usual() const {
-    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing);
+    const auto fits = [](const Result& result) {
+      return !result.data || result.type == kTypeOf<Logit>;
+    };
+    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing) &&
+                 fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
     if constexpr (kNarrow) {
-      const auto fits = [](const Result& result) {
-        return !result.data || is_narrow<Logit, Scalar>(result);
-      };
-      const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_at(0)));
-      usual = usual && fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss)) &&
-              divisor > 0x1p-60f && divisor < 0x1p60f;
+      const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_));
+      usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
     }
     return usual;
   }
@@ -374,14 +382,14 @@ class Share {
     const auto fits = [&](const Result& result) {
       return !result.data || is_aligned(static_cast<Logit*>(result.data) + result_);
     };
-    return is_usual() && smoothing_at(0) == 0 && !is_broadcast(problem_.logits) &&
+    return usual_ && smoothing_ == 0 && !is_broadcast(problem_.logits) &&
            !is_broadcast(problem_.labels) && is_aligned(logits_) && is_aligned(labels_) &&
            fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
   }
 
   // Evaluates quads as long as they are whole, in the common range, and their labels 0 or 1.
   __device__ void evaluate_plain() {
-    const Scalar factor = factor_at(0), divisor = L::reciprocal(factor);
+    const Scalar divisor = L::reciprocal(factor_);
     const Label one = one_of<Label>(problem_.labels.type);
     constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
     Quad<Logit> logits[kQuads];
@@ -412,9 +420,9 @@ class Share {
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q) {
         if constexpr (kNarrow)
-          evaluate_narrow(z[q], signs[q], factor, divisor, result_ + 32 * q);
+          evaluate_narrow(z[q], signs[q], divisor, result_ + 32 * q);
         else
-          evaluate_common(z[q], signs[q], factor, result_ + 32 * q);
+          evaluate_common(z[q], signs[q], result_ + 32 * q);
       }
       logits_ += kStep, labels_ += kStep, result_ += kStep;
     }
@@ -444,14 +452,13 @@ class Share {
     return hard;
   }
 
-  __device__ void evaluate_common(const Scalar* z, const Signs& signs, Scalar factor,
-                                  int64_t result) {
+  __device__ void evaluate_common(const Scalar* z, const Signs& signs, int64_t result) {
     const Scalar zeros[kQuad] = {};
     Scalar factors[kQuad], turned[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      factors[c] = factor;
-      turned[c] = L::from_bits(L::to_bits(factor) ^ signs.bits[c]);
+      factors[c] = factor_;
+      turned[c] = L::from_bits(L::to_bits(factor_) ^ signs.bits[c]);
     }
     evaluate_wide<true, kQuad>(0, z, zeros, zeros, factors, turned,
                                [&](const Result& to, const Scalar* values) {
@@ -463,8 +470,8 @@ class Share {
     return magnitude_of<L>(x) <= Format<Scalar>::kCommon;
   }
 
-  __device__ void evaluate_narrow(const Scalar* z, const Signs& signs, Scalar factor,
-                                  Scalar divisor, int64_t result) {
+  __device__ void evaluate_narrow(const Scalar* z, const Signs& signs, Scalar divisor,
+                                  int64_t result) {
     Narrow<L> narrow[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L>(z[c]);
@@ -473,7 +480,7 @@ class Share {
       for (int c = 0; c < kQuad; ++c) add(c, narrow[c], L::max(z[c], 0));
     } else if (with_loss()) {
       const auto loss = [&](int c) {
-        return factor *
+        return factor_ *
                L::fma(2, narrow[c].half_log1p.high + narrow[c].half_log1p.low, L::max(z[c], 0));
       };
       store_plain(problem_.loss, result,
@@ -512,59 +519,56 @@ class Share {
     const auto logits = load(logits_, is_broadcast(problem_.logits), left_, minus_infinity);
     const auto labels = load(labels_, is_broadcast(problem_.labels), left_, Label(0));
     const int64_t column = result_ - row_ * problem_.columns();
-    const Scalar row_factor = factor_at(0), row_smoothing = smoothing_at(0);
     Scalar x[kQuad], y[kQuad], smoothing[kQuad], factor[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
       x[c] = convert(logits.get(c));
       y[c] = label_of<Scalar>(problem_.labels.type, labels.get(c));
-      smoothing[c] = c < left_ ? row_smoothing : 0;
-      factor[c] = row_factor;
+      smoothing[c] = c < left_ ? smoothing_ : 0;
+      factor[c] = factor_;
       if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
       if (c < left_ && !is_broadcast(problem_.scale)) factor[c] = factor_at(column + c);
     }
     if constexpr (kNarrow) {
       Scalar loss[kQuad] = {}, gradient[kQuad] = {};
-      const bool usual = is_usual();
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         const auto keep = [&](const Result& result, const Scalar* value) {
           (&result == &problem_.loss ? loss : gradient)[c] = *value;
         };
         // By its own value, so that an element has the same bits beside any other.
-        if (usual && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
-          evaluate_soft(c, x[c], y[c], row_smoothing, row_factor, keep);
+        if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
+          evaluate_soft(c, x[c], y[c], keep);
         else
           evaluate_wide<false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c, keep);
       }
-      if (with_loss() && !problem_.reduce) store<Logit>(problem_.loss, result_, left_, loss);
-      if (with_gradient()) store<Logit>(problem_.gradient, result_, left_, gradient);
+      if (with_loss() && !problem_.reduce) store(problem_.loss, result_, left_, loss);
+      if (with_gradient()) store(problem_.gradient, result_, left_, gradient);
     } else {
       evaluate_wide<false, kQuad>(0, x, y, smoothing, factor, factor,
                                   [&](const Result& result, const Scalar* values) {
-                                    store<Logit>(result, result_, left_, values);
+                                    store(result, result_, left_, values);
                                   });
     }
   }
 
   // Of a label of 0 or 1, the bits of evaluate_narrow.
   template <class Keep>
-  __device__ void evaluate_soft(int c, Scalar x, Scalar y, Scalar smoothing, Scalar factor,
-                                const Keep& keep) {
+  __device__ void evaluate_soft(int c, Scalar x, Scalar y, const Keep& keep) {
     const Narrow<L> narrow = narrow_of<L>(x);
     if (with_loss()) {
-      const double linear = soft_coefficient_of<double>(x, y, smoothing) * ::fabs(x);
+      const double linear = soft_coefficient_of<double>(x, y, smoothing_) * ::fabs(x);
       if (problem_.reduce) {
         add(c, narrow, linear);
       } else {
-        const Scalar loss = factor * L::fma(2, narrow.half_log1p.high + narrow.half_log1p.low,
-                                            static_cast<Scalar>(linear));
+        const Scalar loss = factor_ * L::fma(2, narrow.half_log1p.high + narrow.half_log1p.low,
+                                             static_cast<Scalar>(linear));
         keep(problem_.loss, &loss);
       }
     }
     if (with_gradient()) {
-      const Scalar coefficient = soft_coefficient_of<Scalar>(x, y, smoothing);
-      const Scalar gradient = soft_gradient_of<L>(x, coefficient, narrow.e, L::reciprocal(factor));
+      const Scalar coefficient = soft_coefficient_of<Scalar>(x, y, smoothing_);
+      const Scalar gradient = soft_gradient_of<L>(x, coefficient, narrow.e, L::reciprocal(factor_));
       keep(problem_.gradient, &gradient);
     }
   }
@@ -593,15 +597,15 @@ class Share {
       } else {
         BCE_UNROLL
         for (int c = 0; c < kCount; ++c)
-          values[c] = scaled<Logit>(pairs[c], factor[c], is_narrow<Logit, Scalar>(problem_.loss));
+          values[c] = scaled(pairs[c], factor[c], kCommon ? kTypeOf<Logit> : problem_.loss.type);
         keep(problem_.loss, values);
       }
     }
     if (with_gradient()) {
       BCE_UNROLL
       for (int c = 0; c < kCount; ++c)
-        values[c] = scaled<Logit>(gradient_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]),
-                                  gradient_factor[c], is_narrow<Logit, Scalar>(problem_.gradient));
+        values[c] = scaled(gradient_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]),
+                           gradient_factor[c], kCommon ? kTypeOf<Logit> : problem_.gradient.type);
       keep(problem_.gradient, values);
     }
   }
@@ -609,6 +613,8 @@ class Share {
   const Problem& problem_;
   const int64_t row_;
   const RowStart& start_;
+  const Scalar factor_, smoothing_;  // of the row's first element
+  const bool usual_;
   // Of what is to be done: how many elements, where they are (if not broadcast), where results go.
   int left_;
   const Logit* logits_;
@@ -675,7 +681,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t width, int64_t height,
                    CUstream_st* stream, const Arguments&... arguments) {
-  // What exceeds the largest grid is left to the kernels' loops over rows.
+  // Rows that exceed the largest grid are left to the kernels' loops over rows.
   constexpr int64_t kMaxWidth = 0x7fffffff, kMaxHeight = 0xffff;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(width < kMaxWidth ? width : kMaxWidth),

@@ -17,7 +17,8 @@ namespace jax_bce {
 //     The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
 //     this order. Each 32 threads are folded by halves, and the 8 sums added in order.
 // All in float64. But of the pair that is an element's loss, the low parts of a lane are added in
-// the arithmetic's type first: they are small enough.
+// the arithmetic's type first: they are small enough. (A GPU has another arithmetic for 16-bit
+// logits, so of those only the order is the same.)
 constexpr int kQuad = 4, kFold = 32, kGroup = 1024, kGroupsInBlock = 8;
 constexpr int64_t kBlock = kGroupsInBlock * kGroup;
 

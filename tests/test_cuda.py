@@ -104,7 +104,7 @@ LISTING = """
            BRA evaluate
     last_elements: @P1 LDG.E.U8 R8, desc[UR4][R10.64]
            @P2 LDG.E.U8 R9, desc[UR4][R10.64+0x1]
-    evaluate: @P3 STG.E.128 desc[UR4][R14.64], R12
+    evaluate: @P3 FMUL R12, R12, R14
            @P4 BRA P5, rare
            @P6 BRA no_gradient
            MUFU.RCP R16, R4

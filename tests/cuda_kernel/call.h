@@ -123,6 +123,7 @@ struct Case {
   bool one_label, scales;  // a label a row; a scale an element, or a row
   bool wide;               // results of the arithmetic's type
   bool smooth;             // a smoothing an element, or a row
+  bool other = false;      // results of another 16-bit type
 };
 
 inline std::mt19937 random_bits(1);
@@ -144,7 +145,9 @@ struct Call {
   const bool element_scales = c.scales && !c.reduce, element_smoothing = c.smooth && !c.reduce;
   const int64_t size = c.rows * c.columns, losses = c.reduce ? c.rows : size;
   const Type arithmetic = c.logits == Type::kF64 ? Type::kF64 : Type::kF32;
-  const Type gradient_type = c.wide ? arithmetic : c.logits;
+  const Type gradient_type = c.other  ? c.logits == Type::kF16 ? Type::kBF16 : Type::kF16
+                             : c.wide ? arithmetic
+                                      : c.logits;
   const Type loss_type = c.reduce ? arithmetic : gradient_type;
   const int64_t labels_size = c.one_label ? c.rows : size;
   const int64_t scales_size = !c.scales ? 1 : element_scales ? size : c.rows;

@@ -81,8 +81,9 @@ Outcome capture() {
     cudaStream_t stream;
     must(cudaStreamCreate(&stream));
     const Call call(c), moved(c);
-    const Results expected = alone(call, stream), expected_when_moved = alone(moved, stream);
+    // First, while CUDA has not loaded the kernels.
     const cudaGraph_t graph = captured(call, stream), graph_when_moved = captured(moved, stream);
+    const Results expected = alone(call, stream), expected_when_moved = alone(moved, stream);
     cudaGraphExec_t executable;
     must(cudaGraphInstantiate(&executable, graph, 0));
     for (int launch = 0; launch < 2; ++launch) same &= replayed(executable, call, expected, stream);

@@ -19,10 +19,10 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 template <class T>
