@@ -30,7 +30,7 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
 
 @pytest.mark.parametrize(
     ("sanitizers", "effort"),
-    [("", 1), ("address,undefined", 0), ("thread", 0)],
+    [("", 1), ("address,undefined", 0), ("thread", -1)],
     ids=["bits", "address", "thread"],
 )
 def test_source_on_the_host(cpu: str, tmp_path: Path, sanitizers: str, effort: int) -> None:
