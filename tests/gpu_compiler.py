@@ -28,6 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_bce
+from jax_bce import _primitive
 
 PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
@@ -37,7 +38,9 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((
 
 
 def missing() -> str | None:
-    """Why there is no compiler for GPUs; None if there is."""
+    """Why no program with the CUDA kernel can be compiled; None if it can."""
+    if reason := _primitive.missing("cuda"):
+        return reason
     if importlib.util.find_spec("jax_cuda13_plugin") or (PLUGIN / "jax_cuda13_plugin").exists():
         return None
     return f"JAX's CUDA plugin is neither installed nor in {PLUGIN}, where `make test` puts it"

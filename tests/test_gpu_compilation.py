@@ -31,7 +31,6 @@ both_types = pytest.mark.parametrize("types", TYPES, ids="+".join)
 @pytest.fixture(scope="module")
 def compiled(require: Callable[[str], None]) -> Iterator[Callable[..., Compiled]]:
     require("gpu-compiler")
-    require("cuda")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=gpu_compiler.prepare) as process:
         yield functools.cache(
