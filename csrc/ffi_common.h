@@ -7,8 +7,9 @@
 //     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
 // On "CUDA", a fourth result may follow where a row has several blocks: room for their sums.
-// The operands have one rank and are broadcast against each other (dimensions of size 1); the
-// gradient has their common shape. `reduced_rank` trailing dimensions are summed into the loss.
+// The operands have one rank and are broadcast against each other (dimensions of size 1), and a
+// scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
+// dimensions are summed into the loss.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -69,7 +70,8 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     return invalid("reduced_rank " + std::to_string(reduced_rank) + " exceeds the rank");
   if (count < 1) return invalid("count must be positive, got " + std::to_string(count));
   for (int i = 0; i < kOperands; ++i) {
-    if (static_cast<int64_t>(buffers[i].dimensions().size()) != rank)
+    const int64_t dimensions = buffers[i].dimensions().size();
+    if (dimensions != rank && dimensions != 0)
       return invalid(names[i] + " and logits differ in rank");
     if (!to_type(buffers[i].element_type(), &operands[i]->type))
       return invalid(names[i] + " have an unsupported dtype");
@@ -90,7 +92,8 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     const bool reduced = d >= rank - reduced_rank;
     int64_t size = 1, stride[kOperands];
     for (int i = 0; i < kOperands; ++i) {
-      const int64_t dimension = buffers[i].dimensions()[d];
+      const bool scalar = buffers[i].dimensions().size() == 0;
+      const int64_t dimension = scalar ? 1 : buffers[i].dimensions()[d];
       if (dimension != 1 && size != 1 && size != dimension)
         return invalid(names[i] + " cannot be broadcast in dimension " + std::to_string(d));
       if (dimension != 1) size = dimension;

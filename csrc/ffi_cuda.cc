@@ -23,10 +23,11 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
   if (needed > 0) {
-    auto room = results.get<ffi::BufferR1<ffi::DataType::F64>>(kResults);
-    if (!room.has_value() || static_cast<int64_t>((*room)->element_count()) != needed)
+    auto room = results.get<ffi::AnyBuffer>(kResults);
+    if (!room.has_value() || (*room)->element_type() != ffi::DataType::F64 ||
+        static_cast<int64_t>((*room)->element_count()) != needed)
       return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
-    workspace = (*room)->typed_data();
+    workspace = static_cast<double*>((*room)->untyped_data());
   }
   if (results.size() != kResults + (needed > 0)) return invalid("a result too many");
   const char* error = bce_cuda(problem, workspace, stream);

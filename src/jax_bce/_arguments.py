@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_bce._primitive import missing
+from jax_bce._primitive import missing, vary_alike
 from jax_bce._reference import arithmetic_dtype
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
@@ -23,7 +23,7 @@ _IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
 class Call(NamedTuple):
     """A validated call: the primitive's operands and parameters, with the summed axes last."""
 
-    operands: tuple[Array, Array, Array, Array]
+    operands: tuple[Array, ...]
     params: dict[str, Any]
     axes: tuple[int, ...]
     result_dtype: np.dtype
@@ -141,7 +141,10 @@ def prepare(
     axes = () if reduction == "none" else _axes(axis, x.shape)
     wide = arithmetic_dtype(x.dtype)
     smoothing = _smoothing(label_smoothing, x.ndim, wide)
-    count = max(1, math.prod(x.shape[a] for a in axes)) if reduction == "mean" else 1
+    scale = jnp.ones((1,) * x.ndim, wide)
+    count = math.prod(x.shape[a] for a in axes) if reduction == "mean" else 1
+    if not isinstance(count, int):  # of symbolic sizes, in jax.export
+        scale, count = scale / jnp.maximum(1, jnp.asarray(count)).astype(wide), 1
     y = jnp.moveaxis(y, axes, _last(axes)) if y.ndim else y.reshape((1,) * x.ndim)
     x = jnp.moveaxis(x, axes, _last(axes))
     result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
@@ -149,8 +152,9 @@ def prepare(
     direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
     params = {
         "reduced_rank": len(axes),
-        "count": count,
+        "count": max(1, count),
         "implementation": implementation,
         "loss_dtype": result_dtype if direct else wide,
     }
-    return Call((x, y, jnp.ones((1,) * x.ndim, wide), smoothing), params, axes, result_dtype)
+    operands = vary_alike(x, y, scale, smoothing)
+    return Call(operands, params, axes, result_dtype)

@@ -1,4 +1,4 @@
-"""The JAX primitive: the only module that knows FFI targets, batching and lowering.
+"""The JAX primitive: its types, batching and lowering, and which kernels there are.
 
     loss     = scale / count * (element losses, summed over the last reduced_rank dimensions)
     gradient = scale / count * (element gradients)
@@ -15,7 +15,6 @@ had, and on every other platform, XLA compiles `_reference.py`.
 
 import functools
 import importlib
-import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +27,9 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_bce._call import ffi_call
 from jax_bce._reference import reference
 
 try:
@@ -122,6 +123,8 @@ def _register() -> None:
         elif missing(platform.lower()) is None:
             for target, handler in module.registrations().items():
                 jax.ffi.register_ffi_target(target, handler, platform=platform)
+    for target in _cpu.registrations():
+        jax.ffi.register_ffi_target_as_batch_partitionable(target)
 
 
 bce_p = Primitive("jax_bce")
@@ -178,18 +181,66 @@ def _evaluate(*operands: Array, **params: Any) -> list[Array]:
         return _compiled(*operands, **params)  # type: ignore[no-any-return]
 
 
+def _spread(operands: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
+    """The axes of an explicit mesh over which each dimension is spread: as in any operand."""
+    spec, used, fits = [], [], True
+    for dimension, size in enumerate(shape):
+        found = {o.sharding.spec[dimension] for o in operands if o.shape[dimension] == size}
+        found.discard(None)
+        fits = fits and len(found) <= 1
+        spec.append(next(iter(found), None))
+        used += [name for axes in found for name in (axes if isinstance(axes, tuple) else (axes,))]
+    if not fits or len(set(used)) < len(used):
+        logits, labels = (operand.sharding.spec for operand in operands[:2])
+        raise ValueError(
+            f"logits spread over the mesh as {logits} and labels as {labels} do not fit together: "
+            "spread them alike, jax.sharding.reshard(labels, jax.typeof(logits).sharding)."
+        )
+    return spec
+
+
 @bce_p.def_abstract_eval
-def _shapes(
-    *operands: Any, kind: str, reduced_rank: int, **params: Any
-) -> list[jax.core.ShapedArray]:
+def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list[Any]:
+    """On an explicit mesh the results are spread as the operands are.
+
+    In a shard_map they vary as the operands do, which do so alike (`vary_alike`).
+    """
     shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
-    results = []
-    if kind != "grad":
-        loss_shape = shape[: len(shape) - reduced_rank]
-        results.append(jax.core.ShapedArray(loss_shape, params["loss_dtype"]))
-    if kind != "loss":
-        results.append(jax.core.ShapedArray(shape, params["gradient_dtype"]))
-    return results
+    like = next((operand for operand in operands if not operand.sharding.mesh.empty), None)
+
+    def result(rank: int, dtype: np.dtype) -> Any:
+        if like is None:
+            return jax.core.ShapedArray(shape[:rank], dtype)
+        spec = PartitionSpec(*_spread(operands, shape)[:rank])
+        sharding = NamedSharding(like.sharding.mesh, spec)
+        return like.update(shape=shape[:rank], dtype=dtype, weak_type=False, sharding=sharding)
+
+    loss = result(len(shape) - reduced_rank, params["loss_dtype"])
+    gradient = result(len(shape), params["gradient_dtype"])
+    return {"loss": [loss], "loss_and_grad": [loss, gradient], "grad": [gradient]}[kind]
+
+
+def _varies_over(operand: Array) -> frozenset[Any]:
+    """The axes of a shard_map along which the shards of an operand may differ."""
+    aval: Any = jax.typeof(operand)
+    axes: frozenset[Any]
+    axes = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+    return axes
+
+
+def vary_alike(*operands: Array) -> tuple[Array, ...]:
+    """The operands, each of which varies over the axes of a shard_map that any of them does.
+
+    The derivative with respect to one that all shards share is thereby summed over the shards.
+    """
+    axes = [_varies_over(operand) for operand in operands]
+    missing = [sorted(frozenset().union(*axes) - own) for own in axes]
+    lax: Any = jax.lax
+    cast = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
+    return tuple(
+        cast(operand, tuple(names)) if names else operand
+        for operand, names in zip(operands, missing, strict=True)
+    )
 
 
 def _batch(
@@ -207,19 +258,6 @@ def _batch(
 batching.primitive_batchers[bce_p] = _batch
 
 
-def _workspace(
-    context: mlir.LoweringRuleContext, params: dict[str, Any]
-) -> list[jax.core.ShapedArray]:
-    """The CUDA kernel's result behind the others: room for the sums of a long row's blocks."""
-    if params["kind"] == "grad" or not params["reduced_rank"]:
-        return []
-    avals: Sequence[Any] = context.avals_in
-    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
-    split = len(shape) - params["reduced_rank"]
-    size = _cuda.workspace(math.prod(shape[:split]), math.prod(shape[split:]))
-    return [jax.core.ShapedArray((size,), np.dtype(np.float64))] if size else []
-
-
 def _lowering(platform: str | None) -> Callable[..., Any]:
     """The rule for one platform, or for all that have no rule of their own (None)."""
 
@@ -229,28 +267,33 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         implementation: str | None,
         **params: Any,
     ) -> Any:
-        if implementation not in (None, "xla", platform):
+        named = implementation not in (None, "xla")
+        avals: Sequence[Any] = context.avals_in
+        symbolic = not all(isinstance(size, int) for aval in avals for size in aval.shape)
+        if named and (implementation != platform or symbolic):
+            where = "symbolic sizes" if symbolic else platform or "another platform"
             raise RuntimeError(
-                f"jax_bce.loss(implementation={implementation!r}) is compiled for "
-                f"{platform or 'another platform'}, where that kernel cannot run: use "
-                "implementation=None."
+                f"jax_bce.loss(implementation={implementation!r}) is compiled for {where}, where "
+                "that kernel cannot run: use implementation=None."
             )
-        use_xla = platform is None or implementation == "xla" or missing(platform) is not None
-        # None is the fastest that was measured, and the CUDA kernel has not been yet.
-        use_xla = use_xla or (platform == "cuda" and implementation is None)
+        use_xla = (
+            implementation == "xla"
+            or platform is None
+            or missing(platform) is not None
+            or symbolic
+            # An exported program runs where this package is not.
+            or (implementation is None and context.module_context.lowering_parameters.for_export)
+            # None is the fastest that was measured, and the CUDA kernel has not been yet.
+            or (implementation is None and platform == "cuda")
+        )
         if use_xla:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
-        results = len(context.avals_out)
-        if platform == "cuda":
-            context = context.replace(avals_out=[*context.avals_out, *_workspace(context, params)])
-        call = jax.ffi.ffi_lowering(f"jax_bce_v1_{params['kind']}")
-        return call(
-            context,
-            *operands,
-            reduced_rank=np.int64(params["reduced_rank"]),
-            count=np.int64(params["count"]),
-        )[:results]
+        params = {name: params[name] for name in ("kind", "reduced_rank", "count")}
+        kind = params.pop("kind")
+        sums = platform == "cuda" and kind != "grad"
+        workspace = _cuda.workspace if sums else lambda rows, columns: 0
+        return ffi_call(context, operands, f"jax_bce_v1_{kind}", workspace, **params)
 
     return rule
 

@@ -1,0 +1,176 @@
+"""How the primitive becomes a call of its FFI target: as it stands, or spread over devices.
+
+Left alone, XLA's partitioner gathers the operands of a call on every device. It can split a call
+along leading dimensions that operands and results have in common. So in a program for several
+devices each dimension that may be spread becomes a leading one, those that are summed included: the
+last of them, of size d, is seen as (g, d / g), where g is the largest number of equal parts that
+the devices can ask for, and all that follows g is a block. The kernel sums blocks, and XLA adds up
+their sums, on each device and then across devices.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import mlir
+
+# How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
+Workspace = Callable[[int, int], int]
+
+
+def ffi_call(
+    context: mlir.LoweringRuleContext,
+    operands: Sequence[Any],
+    target: str,
+    workspace: Workspace,
+    *,
+    reduced_rank: int,
+    count: int,
+) -> Any:
+    """The results of the primitive by the target's kernel."""
+    emit = _in_blocks if _devices(context) > 1 else _as_it_stands
+    return emit(context, operands, target, workspace, reduced_rank, count)
+
+
+def _devices(context: mlir.LoweringRuleContext) -> int:
+    """Over how many devices XLA spreads the program; in a shard_map, over the axes left to XLA."""
+    where: Any = context.module_context.axis_context
+    if hasattr(where, "num_devices"):
+        return int(where.num_devices)
+    if hasattr(where, "manual_axes"):
+        sizes = where.mesh.shape
+        return math.prod(sizes[axis] for axis in sizes if axis not in where.manual_axes)
+    return 1
+
+
+def _emit(
+    context: mlir.LoweringRuleContext,
+    operands: Sequence[Any],
+    target: str,
+    workspace: Sequence[int],
+    reduced_rank: int,
+    count: int,
+    batch: Sequence[int] = (),
+) -> Any:
+    """One custom call, whose last result is a workspace of that shape, unless it is empty.
+
+    `batch` are the leading dimensions along which XLA may split it.
+    """
+    results: list[Any] = list(context.avals_out)
+    if math.prod(workspace):
+        results.append(ShapedArray(tuple(workspace), np.dtype(np.float64)))
+    attributes: dict[str, ir.Attribute] = {}
+    if batch:
+        number = ir.StringAttr.get(str(len(batch)))
+        attributes["mhlo.frontend_attributes"] = ir.DictAttr.get({"num_batch_dims": number})
+        if getattr(jax.config, "jax_use_shardy_partitioner", True):
+            attributes["sdy.sharding_rule"] = _sharding_rule(batch, context.avals_in, results)
+    context_of_call: Any = context.replace(avals_out=results)  # type: ignore[no-untyped-call]
+    rule: Any = jax.ffi.ffi_lowering(target, extra_attributes=attributes)
+    numbers = {"reduced_rank": np.int64(reduced_rank), "count": np.int64(count)}
+    return rule(context_of_call, *operands, **numbers)[: len(context.avals_out)]
+
+
+def _as_it_stands(
+    context: mlir.LoweringRuleContext,
+    operands: Sequence[Any],
+    target: str,
+    workspace: Workspace,
+    reduced_rank: int,
+    count: int,
+) -> Any:
+    avals: Sequence[Any] = context.avals_in
+    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
+    split = len(shape) - reduced_rank
+    room = workspace(math.prod(shape[:split]), math.prod(shape[split:])) if reduced_rank else 0
+    return _emit(context, operands, target, (room,), reduced_rank, count)
+
+
+def view(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
+    """The shape as leading dimensions and one block, of size 1 where nothing is summed.
+
+    The number of equal parts of a dimension divides both its size and the number of devices.
+    """
+    split = len(shape) - reduced_rank
+    parts = [math.gcd(size, devices) for size in shape[split:]]
+    while parts and parts[-1] == 1:
+        parts.pop()
+    if not parts:
+        return (*shape[:split], math.prod(shape[split:]))
+    last = split + len(parts) - 1
+    return (*shape[:last], parts[-1], shape[last] // parts[-1] * math.prod(shape[last + 1 :]))
+
+
+def _sharding_rule(batch: Sequence[int], operands: Any, results: Any) -> ir.Attribute:
+    """For Shardy: the leading dimensions are common to all, any other one is alone."""
+    sizes = list(batch)
+
+    def mapping(array: Any) -> ir.Attribute:
+        own = array.shape[len(batch) :]
+        factors = [*range(len(batch))[: array.ndim], *range(len(sizes), len(sizes) + len(own))]
+        sizes.extend(own)
+        return sdy.TensorMappingAttr.get([sdy.DimMappingAttr.get([factor]) for factor in factors])
+
+    return sdy.OpShardingRuleAttr.get(
+        operand_mappings=[mapping(operand) for operand in operands],
+        result_mappings=[mapping(result) for result in results],
+        factor_sizes=sizes,
+        is_custom=True,
+    )
+
+
+def _in_blocks(
+    context: mlir.LoweringRuleContext,
+    operands: Sequence[Any],
+    target: str,
+    workspace: Workspace,
+    reduced_rank: int,
+    count: int,
+) -> Any:
+    avals_in: Sequence[Any] = context.avals_in
+    avals_out: Sequence[Any] = context.avals_out
+    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals_in))
+    seen = view(shape, reduced_rank, _devices(context))
+    batch, block = seen[:-1], seen[-1]
+
+    def of_elements(operand: Array) -> Array:
+        return jnp.broadcast_to(operand, shape).reshape(seen)
+
+    def of_blocks(operand: Array) -> Array:
+        return jnp.broadcast_to(operand.reshape(*operand.shape[: len(batch)], 1), (*batch, 1))
+
+    def enter(logits: Array, labels: Array, scale: Array, smoothing: Array) -> list[Array]:
+        """A number for all is a scalar, which each device has; the rest is as wide as the batch."""
+        views = [(labels, of_elements), (scale, of_blocks), (smoothing, of_blocks)]
+        others = [x.reshape(()) if x.size == 1 else view_of(x) for x, view_of in views]
+        return [of_elements(logits), *others]
+
+    def leave(*results: Array) -> list[Array]:
+        return [
+            result.reshape(shape) if aval.ndim == len(shape) else sum_of_blocks(result, aval.ndim)
+            for result, aval in zip(results, avals_out, strict=True)
+        ]
+
+    def sum_of_blocks(sums: Array, rank: int) -> Array:
+        """In float64: the kernel has rounded each sum once, and the total is rounded once."""
+        with jax.enable_x64(True):
+            total = jnp.sum(sums.astype(np.float64), axis=tuple(range(rank, sums.ndim)))
+            return total.astype(sums.dtype)
+
+    entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *avals_in)]
+    results = [
+        ShapedArray(seen if aval.ndim == len(shape) else batch, aval.dtype) for aval in avals_out
+    ]
+    room = workspace(1, block) if reduced_rank else 0
+    replace: Any = context.replace
+    values = mlir.lower_fun(enter)(replace(avals_out=entered), *operands)
+    inside = replace(avals_in=entered, avals_out=results)
+    values = _emit(inside, values, target, (*batch, room), int(reduced_rank > 0), count, batch)
+    return mlir.lower_fun(leave)(replace(avals_in=results), *values)
