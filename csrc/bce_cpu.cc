@@ -482,7 +482,11 @@ double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
 template <class Scalar>
 void finish(const Problem& problem, int64_t row, double sum) {
   const double scale = static_cast<const Scalar*>(problem.scale.data)[problem.row_start(row).scale];
-  static_cast<Scalar*>(problem.loss.data)[row] = sum * scale * problem.inverse_count;
+  const double loss = sum * scale * problem.inverse_count;
+  if (problem.loss.type == Type::kF64)
+    static_cast<double*>(problem.loss.data)[row] = loss;
+  else
+    static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
 }
 
 // The sum of a short row, at most a tile.

@@ -294,8 +294,11 @@ __device__ double sum_of_warps(double number) {
 template <class Scalar>
 __device__ void finish_row(const Problem& problem, int64_t row, int64_t scale_start, double sum) {
   const double scale = static_cast<const Scalar*>(problem.scale.data)[scale_start];
-  static_cast<Scalar*>(problem.loss.data)[row] =
-      static_cast<Scalar>(sum * scale * problem.inverse_count);
+  const double loss = sum * scale * problem.inverse_count;
+  if (problem.loss.type == Type::kF64)
+    static_cast<double*>(problem.loss.data)[row] = loss;
+  else
+    static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
 }
 
 // What one thread evaluates of a group, which begins in the row at `begin`.

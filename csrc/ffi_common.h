@@ -9,7 +9,8 @@
 // On "CUDA", a fourth result may follow where a row has several blocks: room for their sums.
 // The operands have one rank and are broadcast against each other (dimensions of size 1), and a
 // scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
-// dimensions are summed into the loss.
+// dimensions are summed into the loss, which has the arithmetic's type, or float64 where the caller
+// adds up further.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -139,9 +140,10 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if ((*buffer)->element_count() != expected[!is_loss])
       return invalid("a result has " + std::to_string((*buffer)->element_count()) +
                      " elements instead of " + std::to_string(expected[!is_loss]));
-    if (!to_type((*buffer)->element_type(), &result->type) || !is_float(result->type) ||
-        (result->type == Type::kF64) != (arithmetic == Type::kF64) ||
-        (is_loss && problem->reduce && result->type != arithmetic))
+    if (!to_type((*buffer)->element_type(), &result->type) || !is_float(result->type))
+      return invalid("a result has an unsupported dtype");
+    const bool summed = is_loss && problem->reduce, wide = result->type == Type::kF64;
+    if (summed ? !wide && result->type != arithmetic : wide != (arithmetic == Type::kF64))
       return invalid("a result has an unsupported dtype");
     result->data = (*buffer)->untyped_data();
   }

@@ -5,16 +5,17 @@ much temporary memory the program needs.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import platforms
 import pytest
+from hlo import kernel_calls
 from jax.stages import Compiled
 from oracle import BFLOAT16, FLOAT16, FLOAT32
 
@@ -23,39 +24,10 @@ import jax_bce
 SHAPE = (1024, 1024)
 SIZE = math.prod(SHAPE)
 MIB = 2**20
-TARGET = "jax_bce_v1_"
-# They name a buffer, or a part of one, and move nothing.
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast"}
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
 
 
-def _largest(shapes: str) -> int:
-    """Elements of the largest array among the shapes, as in "(f32[], f32[128,8]{1,0})"."""
-    dimensions = re.findall(r"[a-z]\w*\[([\d,]*)\]", shapes)
-    return max((math.prod(map(int, filter(None, d.split(",")))) for d in dimensions), default=0)
-
-
-def passes(compiled: Compiled, size: int = SIZE) -> list[str]:
-    """The instructions with `size` elements or more in a result or an operand.
-
-    A custom call is named by its target, any other instruction by its opcode.
-    """
-    found, elements = [], {}
-    for line in compiled.as_text().splitlines():
-        if not (match := INSTRUCTION.match(line)):
-            continue
-        name, shapes, opcode, rest = match.groups()
-        elements[name] = _largest(shapes)
-        operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
-        touched = max([elements[name], *(elements.get(operand, 0) for operand in operands)])
-        if opcode not in FREE and touched >= size:
-            target = re.search(r'custom_call_target="([^"]+)"', rest)
-            found.append(target[1] if target else opcode)
-    return found
-
-
-def kernel_calls(compiled: Compiled) -> list[str]:
-    return re.findall(rf'custom_call_target="({TARGET}\w+)"', compiled.as_text())
+def passes(compiled: Compiled) -> list[str]:
+    return hlo.passes(compiled, SIZE)
 
 
 def compile_for(function: Callable, *shapes, dtype=FLOAT32, label_dtype=FLOAT32) -> Compiled:

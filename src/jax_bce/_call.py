@@ -20,6 +20,7 @@ from jax.core import ShapedArray
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
+from jax.sharding import AbstractMesh
 
 # How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
 Workspace = Callable[[int, int], int]
@@ -154,23 +155,28 @@ def _in_blocks(
 
     def leave(*results: Array) -> list[Array]:
         return [
-            result.reshape(shape) if aval.ndim == len(shape) else sum_of_blocks(result, aval.ndim)
+            result.reshape(shape) if aval.ndim == len(shape) else add_up(result, aval)
             for result, aval in zip(results, avals_out, strict=True)
         ]
 
-    def sum_of_blocks(sums: Array, rank: int) -> Array:
-        """In float64: the kernel has rounded each sum once, and the total is rounded once."""
+    def add_up(sums: Array, aval: ShapedArray) -> Array:
         with jax.enable_x64(True):
-            total = jnp.sum(sums.astype(np.float64), axis=tuple(range(rank, sums.ndim)))
-            return total.astype(sums.dtype)
+            return jnp.sum(sums, axis=tuple(range(aval.ndim, sums.ndim))).astype(aval.dtype)
 
-    entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *avals_in)]
-    results = [
-        ShapedArray(seen if aval.ndim == len(shape) else batch, aval.dtype) for aval in avals_out
-    ]
-    room = workspace(1, block) if reduced_rank else 0
+    def seen_result(aval: Any) -> ShapedArray:
+        """Sums of blocks are float64: the loss is rounded once, when they are added up."""
+        if aval.ndim == len(shape):
+            return ShapedArray(seen, aval.dtype)
+        return ShapedArray(batch, np.dtype(np.float64))
+
     replace: Any = context.replace
-    values = mlir.lower_fun(enter)(replace(avals_out=entered), *operands)
-    inside = replace(avals_in=entered, avals_out=results)
-    values = _emit(inside, values, target, (*batch, room), int(reduced_rank > 0), count, batch)
-    return mlir.lower_fun(leave)(replace(avals_in=results), *values)
+    # Also on an explicit mesh, how these views are spread is left to the partitioner.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals_in]
+        entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *plain)]
+        results = [seen_result(aval) for aval in avals_out]
+        room = workspace(1, block) if reduced_rank else 0
+        values = mlir.lower_fun(enter)(replace(avals_in=plain, avals_out=entered), *operands)
+        inside = replace(avals_in=entered, avals_out=results)
+        values = _emit(inside, values, target, (*batch, room), int(reduced_rank > 0), count, batch)
+        return mlir.lower_fun(leave)(replace(avals_in=results), *values)

@@ -115,8 +115,9 @@ def _recompute_backward(
     cotangent = cotangent.astype(scale.dtype)
     weight = cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
     (logits_bar,) = bce(logits, labels, weight, smoothing, kind="grad", **common)
-    if (spread := jax.typeof(logits).sharding) != jax.typeof(logits_bar).sharding:
-        reshard: Any = jax.sharding.reshard  # on an explicit mesh, it is spread as labels are, too
+    spread: Any = jax.typeof(logits).sharding
+    if spread.spec != jax.typeof(logits_bar).sharding.spec:
+        reshard: Any = jax.sharding.reshard  # labels are spread over more of an explicit mesh
         logits_bar = reshard(logits_bar, spread)
 
     factor = weight * scale.dtype.type(1 / common["count"])

@@ -1,0 +1,51 @@
+"""What a compiled program does, read off its optimized HLO: passes, kernel calls, collectives."""
+
+import math
+import re
+
+from jax.stages import Compiled
+
+TARGET = "jax_bce_v1_"
+# They name a buffer, or a part of one, and move nothing.
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast"}
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
+COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter|ragged-)")
+
+
+def _largest(shapes: str) -> int:
+    """Elements of the largest array among the shapes, as in "(f32[], f32[128,8]{1,0})"."""
+    dimensions = re.findall(r"[a-z]\w*\[([\d,]*)\]", shapes)
+    return max((math.prod(map(int, filter(None, d.split(",")))) for d in dimensions), default=0)
+
+
+def passes(compiled: Compiled, size: int) -> list[str]:
+    """The instructions with `size` elements or more in a result or an operand.
+
+    A custom call is named by its target, any other instruction by its opcode.
+    """
+    found, elements = [], {}
+    for line in compiled.as_text().splitlines():
+        if not (match := INSTRUCTION.match(line)):
+            continue
+        name, shapes, opcode, rest = match.groups()
+        elements[name] = _largest(shapes)
+        operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+        touched = max([elements[name], *(elements.get(operand, 0) for operand in operands)])
+        if opcode not in FREE and touched >= size:
+            target = re.search(r'custom_call_target="([^"]+)"', rest)
+            found.append(target[1] if target else opcode)
+    return found
+
+
+def kernel_calls(compiled: Compiled) -> list[str]:
+    return re.findall(rf'custom_call_target="({TARGET}\w+)"', compiled.as_text())
+
+
+def collectives(compiled: Compiled) -> list[str]:
+    """What devices send each other, with the shape that each of them receives."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = INSTRUCTION.match(line)
+        if match and COLLECTIVE.match(match[3]) and not match[3].endswith("-start"):
+            found.append(f"{match[3].removesuffix('-done')} {re.sub(r'{[^}]*}', '', match[2])}")
+    return found
