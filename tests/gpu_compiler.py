@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
+from hlo import COLLECTIVE, FREE, bytes_of
 from jax import value_and_grad, vmap
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,8 +33,6 @@ from jax_bce import _primitive
 
 PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter)")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)", re.M)
 
 
@@ -63,11 +62,17 @@ def of_shards(x, y):
 loss = partial(jax_bce.loss, implementation="cuda")
 
 
+def product(x, y):
+    """The Hessian times the logits."""
+    return jax.jvp(lambda x: jax.grad(loss)(x, y), (x,), (x,))[1]
+
+
 @dataclass(frozen=True)
 class Program:
     function: Callable
     gpus: str = "1x1x1"  # hosts, processes of a host, GPUs of a process
     manual: bool = False  # in a shard_map
+    columns: int = 1  # among how many GPUs a row is divided
 
 
 PROGRAMS = {
@@ -78,6 +83,9 @@ PROGRAMS = {
     "loss alone": Program(loss),
     "value_and_grad, 8 GPUs": Program(value_and_grad(loss), "1x1x8"),
     "value_and_grad, 2 hosts of 8 GPUs": Program(value_and_grad(loss), "2x1x8"),
+    "rows and columns, 8 GPUs": Program(value_and_grad(loss), "1x1x8", columns=2),
+    "rows and columns, 2 hosts of 8 GPUs": Program(value_and_grad(loss), "2x1x8", columns=4),
+    "Hessian times vector, 8 GPUs": Program(product, "1x1x8"),
     "shard_map, 8 GPUs": Program(of_shards, "1x1x8", manual=True),
     "shard_map, 2 hosts of 8 GPUs": Program(of_shards, "2x1x8", manual=True),
     "implementation=None": Program(value_and_grad(jax_bce.loss)),
@@ -104,19 +112,19 @@ def prepare() -> None:
 
 
 @functools.cache
-def mesh(gpus: str) -> Mesh:
+def mesh(gpus: str, columns: int = 1) -> Mesh:
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=Path(__file__).with_name("h200.txtpb").read_text(),
         topology=gpus,
     )
-    return Mesh(np.array(topology.devices), ("gpu",))
+    return Mesh(np.array(topology.devices).reshape(-1, columns), ("gpu", "column"))
 
 
 def compile_for(program: Program, *dtypes: str) -> jax.stages.Compiled:
-    """With the logits' rows, and the labels', spread over the GPUs."""
-    gpus, split = mesh(program.gpus), PartitionSpec("gpu")
+    """With the logits' rows, and the labels', spread over the GPUs, and perhaps the columns."""
+    gpus, split = mesh(program.gpus, program.columns), PartitionSpec("gpu", "column")
     function = program.function
     if program.manual:
         specs = {"in_specs": (split, split), "out_specs": (PartitionSpec(), split)}
@@ -124,14 +132,6 @@ def compile_for(program: Program, *dtypes: str) -> jax.stages.Compiled:
     sharding = NamedSharding(gpus, split)
     operands = [jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding) for dtype in dtypes]
     return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
-
-
-def bytes_of(shapes: str) -> int:
-    """Of all arrays in, for example, "(f32[], bf16[128,8]{1,0})"."""
-    total = 0
-    for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
-        total += int(bits or 8) // 8 * math.prod(map(int, filter(None, dimensions.split(","))))
-    return total
 
 
 def compiled(name: str, *dtypes: str) -> Compiled:

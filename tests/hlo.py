@@ -7,7 +7,7 @@ from jax.stages import Compiled
 
 TARGET = "jax_bce_v1_"
 # They name a buffer, or a part of one, and move nothing.
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
 COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter|ragged-)")
 
@@ -18,13 +18,9 @@ def _largest(shapes: str) -> int:
     return max((math.prod(map(int, filter(None, d.split(",")))) for d in dimensions), default=0)
 
 
-def passes(compiled: Compiled, size: int) -> list[str]:
-    """The instructions with `size` elements or more in a result or an operand.
-
-    A custom call is named by its target, any other instruction by its opcode.
-    """
+def _passes(text: str, size: int) -> list[str]:
     found, elements = [], {}
-    for line in compiled.as_text().splitlines():
+    for line in text.splitlines():
         if not (match := INSTRUCTION.match(line)):
             continue
         name, shapes, opcode, rest = match.groups()
@@ -35,6 +31,44 @@ def passes(compiled: Compiled, size: int) -> list[str]:
             target = re.search(r'custom_call_target="([^"]+)"', rest)
             found.append(target[1] if target else opcode)
     return found
+
+
+def passes(compiled: Compiled, size: int) -> list[str]:
+    """The instructions with `size` elements or more in a result or an operand.
+
+    A custom call is named by its target, any other instruction by its opcode. Those that a fusion
+    or a loop is made of are among them.
+    """
+    return _passes(compiled.as_text(), size)
+
+
+def passes_outside_loops(compiled: Compiled, size: int) -> list[str]:
+    """The same, but a fusion is one, and so is a loop."""
+    text = compiled.as_text()
+    return _passes(text[text.index("ENTRY") :], size)
+
+
+def bytes_of(shapes: str) -> int:
+    """Of all arrays in, for example, "(f32[], bf16[128,8]{1,0})"."""
+    total = 0
+    for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
+        total += int(bits or 8) // 8 * math.prod(map(int, filter(None, dimensions.split(","))))
+    return total
+
+
+def bytes_moved(compiled: Compiled) -> int:
+    """What the instructions of the program, outside its loops, read and write."""
+    text = compiled.as_text()
+    moved, shapes_of = 0, {}
+    for line in text[text.index("ENTRY") :].splitlines():
+        if not (match := INSTRUCTION.match(line)):
+            continue
+        name, shapes, opcode, rest = match.groups()
+        shapes_of[name] = shapes
+        if opcode not in FREE:
+            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+            moved += bytes_of(shapes) + sum(bytes_of(shapes_of[operand]) for operand in operands)
+    return moved
 
 
 def kernel_calls(compiled: Compiled) -> list[str]:

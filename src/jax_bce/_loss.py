@@ -49,9 +49,9 @@ def loss(
         with the loss in one pass over memory. "recompute": nothing but logits and labels
         themselves; the backward pass reads them again, which allows reverse mode only, and once.
       implementation: None, the fastest that was measured (the SIMD kernel on a CPU, XLA elsewhere);
-        "cpu", the SIMD kernel; "cuda", the GPU kernel; "xla", plain JAX, which also suits
-        ``jax.export`` and sharded operands. Like reduction, axis, dtype and residuals, it is static
-        under jit.
+        "cpu", the SIMD kernel; "cuda", the GPU kernel; "xla", plain JAX, which is also what
+        ``jax.export`` stores unless a kernel is named. Like reduction, axis, dtype and residuals,
+        it is static under jit.
 
     Returns:
       The loss, of the logits' shape without the reduced axes.
@@ -64,9 +64,16 @@ def loss(
       limit (0, or an infinite loss with a finite gradient), NaN gives NaN. XLA's own arithmetic
       (``implementation="xla"``) flushes subnormal results to zero.
 
+    Several devices:
+      Operands that are spread over a mesh stay there: each device evaluates its own elements, and
+      the gradient lies as the logits do. Only where a spread dimension that is summed cannot be
+      divided evenly among its devices, or logits and labels are spread over one dimension in
+      different ways, XLA gathers them first. In a shard_map the loss is that of the shard.
+
     Raises:
       TypeError: logits that are not floating-point, or another dtype that is not listed here.
-      ValueError: labels of another shape, an unknown option, an axis out of range.
+      ValueError: labels of another shape, or spread differently over an explicit mesh, an unknown
+        option, an axis out of range.
       RuntimeError: an implementation that is not available, with the reason and the remedy.
 
     Source:

@@ -1,0 +1,32 @@
+"""docs/transforms.md says what is measured: kernel launches, passes and traffic of each mode."""
+
+import re
+from pathlib import Path
+
+import jaxlib
+import pytest
+import transforms
+from transforms import MODES, cost
+
+TEXT = (Path(__file__).parent.parent / "docs" / "transforms.md").read_text()
+ROWS = {
+    cells[0]: cells[1:]
+    for cells in (
+        [cell.strip() for cell in row.split("|")]
+        for row in re.findall(r"^\| (.* \| .*) \|$", TEXT, re.M)
+    )
+    if cells[0] in MODES
+}
+
+
+def test_every_mode_is_documented() -> None:
+    assert list(ROWS) == list(MODES)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_documented_cost(cpu: str, name: str) -> None:
+    """The kernel's part with every XLA; what XLA adds, with the one that the page names."""
+    found, row = cost(name), ROWS[name]
+    assert str(found.kernels) == row[0]
+    if f"jaxlib {jaxlib.__version__}," in TEXT or row[1] == "0":
+        assert transforms.cells(found) == row
