@@ -37,11 +37,16 @@ def compiled(require: Callable[[str], None]) -> Iterator[Callable[..., Compiled]
         )
 
 
-def assert_memory(program: Compiled, bytes_per_element: int, sums: int, gpus: int = 1) -> None:
-    """The traffic is that of elements and of the blocks' sums, the only temporaries."""
+def assert_memory(
+    program: Compiled, bytes_per_element: int, sums: int, gpus: int = 1, read: bool = False
+) -> None:
+    """The traffic is that of elements and of the blocks' sums, the only temporaries.
+
+    `read` says that XLA adds up the sums, which the kernel does itself otherwise.
+    """
     sums *= FLOAT64
     moved = program.bytes_per_element * SIZE / gpus
-    assert 0 <= moved - bytes_per_element * SIZE / gpus - sums <= SMALL
+    assert 0 <= moved - bytes_per_element * SIZE / gpus - sums * (1 + read) <= SMALL
     assert 0 <= program.temporary_bytes - sums <= ALIGNMENT
 
 
@@ -103,7 +108,7 @@ def test_sharded_operands_stay_where_they_are(
     program = compiled(f"value_and_grad, {where}", *types)
     assert program.kernels.count(BOTH) == 1
     assert program.collectives == ["all-reduce f64[]"]
-    assert_memory(program, sum(TYPES[types]), 2 * ROWS, gpus)
+    assert_memory(program, sum(TYPES[types]), ROWS, gpus, read=True)
 
 
 @both_types
@@ -111,9 +116,10 @@ def test_sharded_operands_stay_where_they_are(
 def test_sharded_rows_and_columns(
     compiled: Callable[..., Compiled], types: tuple[str, str], where: str
 ) -> None:
+    """XLA makes one of the two all-reduces that the mesh's axes ask for."""
     program = compiled(f"rows and columns, {where}", *types)
     assert program.kernels.count(BOTH) == 1
-    assert set(program.collectives) == {"all-reduce f64[]"}
+    assert program.collectives == ["all-reduce f64[]"]
 
 
 @both_types
