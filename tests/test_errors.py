@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jax_bce
@@ -190,6 +191,25 @@ def test_kernel_of_another_platform(
         traced.lower(lowering_platforms=(target,))
 
 
+CALL = {
+    "logits": np.zeros((2, 3), np.float32),
+    "labels": np.zeros((2, 3), np.float32),
+    "scale": np.ones((1, 1), np.float32),
+    "smoothing": np.zeros((1, 1), np.float32),
+    "results": [((2,), np.float32)],
+    "reduced_rank": 1,
+    "count": 3,
+}
+
+
+def loss_by_the_handler(call: dict) -> list[jax.Array]:
+    results = [jax.ShapeDtypeStruct(*result) for result in call["results"]]
+    target = jax.ffi.ffi_call("jax_bce_v1_loss", results, has_side_effect=True)
+    operands = [call[name] for name in ("logits", "labels", "scale", "smoothing")]
+    attributes = {name: np.int64(call[name]) for name in ("reduced_rank", "count")}
+    return jax.block_until_ready(target(*operands, **attributes))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -214,26 +234,28 @@ def test_kernel_of_another_platform(
 )
 def test_the_handler_checks_again(check, platform: str, change: dict, message: str) -> None:
     """A call from elsewhere reads and writes nothing beyond its buffers."""
-    call = {
-        "logits": np.zeros((2, 3), np.float32),
-        "labels": np.zeros((2, 3), np.float32),
-        "scale": np.ones((1, 1), np.float32),
-        "smoothing": np.zeros((1, 1), np.float32),
-        "results": [((2,), np.float32)],
-        "reduced_rank": 1,
-        "count": 3,
-    }
-
-    def loss(call: dict):
-        results = [jax.ShapeDtypeStruct(*result) for result in call["results"]]
-        target = jax.ffi.ffi_call("jax_bce_v1_loss", results, has_side_effect=True)
-        operands = [call[name] for name in ("logits", "labels", "scale", "smoothing")]
-        attributes = {name: np.int64(call[name]) for name in ("reduced_rank", "count")}
-        return jax.block_until_ready(target(*operands, **attributes))
-
-    check.reduced(platform, loss(call)[0][0], np.log(2))
+    check.reduced(platform, loss_by_the_handler(CALL)[0][0], np.log(2))
     with pytest.raises(Exception, match=f"jax_bce: .*{message}"):
-        loss(call | change)
+        loss_by_the_handler(CALL | change)
+
+
+@pytest.mark.parametrize("columns", [3, 20_000])
+def test_the_handler_takes_scalars_and_sums_to_float64(platform: str, columns: int) -> None:
+    """For partitioned programs: one label for all has no rank, and sums are rounded later."""
+    logits = np.linspace(-3, 5, 2 * columns, dtype=np.float32).reshape(2, columns)
+    call = CALL | {"logits": logits, "labels": np.full_like(logits, 1), "count": columns}
+    if platform == "cuda" and columns > 8192:
+        call["results"] = [*call["results"], ((6,), np.float64)]
+    with jax.enable_x64(True):
+        narrow = loss_by_the_handler(call)[0]
+        call |= {
+            name: np.float32(call[name].ravel()[0]) for name in ("labels", "scale", "smoothing")
+        }
+        oracle.assert_same_bits(loss_by_the_handler(call)[0], narrow)
+        call["results"] = [((2,), np.float64), *call["results"][1:]]
+        wide = np.asarray(loss_by_the_handler(call)[0])
+    oracle.assert_same_bits(wide.astype(np.float32), np.asarray(narrow))
+    assert np.all(wide != wide.astype(np.float32))
 
 
 @pytest.mark.parametrize("positional", [("mean",), ("mean", None), (None, None, "mean")], ids=len)
