@@ -1,18 +1,19 @@
 // CUDA's words, as far as bce_cuda.cu and its test use them, for the host's compiler: so that the
-// kernels as they stand run where there is no GPU, under the sanitizers too. A thread is a thread;
-// a shuffle and __syncthreads are barriers; thread blocks run one after the other; a launch returns
-// when all is done.
+// kernels as they stand run where there is no GPU, under the sanitizers too. A thread is a fiber; a
+// shuffle and __syncthreads are barriers, for which all of a warp's or a block's threads have to
+// come; thread blocks run one after the other; a launch returns when all is done.
 #pragma once
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <barrier>
+#include <algorithm>
 #include <functional>
-#include <optional>
-#include <thread>
-#include <vector>
+#include <random>
+
+#include "fiber.h"
 
 #define __global__
 #define __device__
@@ -33,7 +34,7 @@ T __ldg(const T* from) {
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
 
 enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
@@ -61,89 +62,121 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcp
 
 namespace cuda_on_host {
 
-constexpr int kWarp = 32, kThreads = 256;
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
 
+// A thread block's threads are fibers. A warp runs until all of its threads wait, then the next one
+// does, at random upwards or downwards: so warps get as far ahead of each other as barriers let
+// them.
 class Device {
  public:
-  // Runs the kernel on every thread of the grid.
-  void run(dim3 grid, std::function<void()> kernel) {
-    grid_ = grid;
-    kernel_ = std::move(kernel);
-    reset();
-    begin_.arrive_and_wait();
-    end_.arrive_and_wait();
+  Device() {
+    for (Fiber& fiber : fibers_) fiber.prepare(&Device::work);
+    run_warps();
   }
 
-  void sync_threads() { block_->arrive_and_wait(); }
+  // Runs the kernel on every thread of the grid. Of what is too high for a GPU's largest, kernels
+  // run the rest in a loop: here that is everything above two.
+  void run(dim3 grid, std::function<void()> kernel) {
+    gridDim = {grid.x, std::min(grid.y, 2u)};
+    kernel_ = std::move(kernel);
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+  }
+
+  void sync_threads() { wait(&block_); }
 
   double shuffle_down(double value, int distance) {
     const int thread = threadIdx.x;
-    slots_[thread] = value;
-    warps_[thread / kWarp]->arrive_and_wait();
-    const bool inside = thread % kWarp + distance < kWarp;
-    const double result = inside ? slots_[thread + distance] : value;
-    warps_[thread / kWarp]->arrive_and_wait();
-    return result;
-  }
-
-  Device() {
-    for (unsigned i = 0; i < kThreads; ++i) threads_.emplace_back([this, i] { work(i); });
-  }
-  ~Device() {
-    kernel_ = nullptr;
-    begin_.arrive_and_wait();
-    for (std::thread& thread : threads_) thread.join();
+    Barrier* warp = &warps_[thread / kWarp];
+    double* slots = slots_[warp->times % 2];  // of the other ones, some may not yet be read
+    slots[thread] = value;
+    wait(warp);
+    return thread % kWarp + distance < kWarp ? slots[thread + distance] : value;
   }
 
  private:
-  void work(unsigned thread) {
-    for (;;) {
-      begin_.arrive_and_wait();
-      if (!kernel_) return;
-      threadIdx = {thread};
-      gridDim = grid_;
-      for (blockIdx.y = 0; blockIdx.y < grid_.y; ++blockIdx.y) {
-        for (blockIdx.x = 0; blockIdx.x < grid_.x; ++blockIdx.x) {
-          kernel_();
-          // A thread that has returned keeps no other waiting.
-          block_->arrive_and_drop();
-          warps_[thread / kWarp]->arrive_and_drop();
-          next_block_.arrive_and_wait();
-        }
-      }
-      end_.arrive_and_wait();
+  struct Barrier {
+    int members = kWarp, missing = members;
+    int times = 0;         // that all have come
+    char passage[2] = {};  // of even and odd times: some may come again before others have left
+
+    UNSEEN int come() {
+      const int time = times;
+      release(&passage[time % 2]);
+      if (--missing == 0) missing = members, ++times;
+      return time;
     }
-  }
-
-  void reset() {
-    block_.emplace(kThreads);
-    for (auto& warp : warps_) warp.emplace(kWarp);
-  }
-
-  struct Reset {
-    Device* device;
-    void operator()() noexcept { device->reset(); }
+    void leave(int time) { acquire(&passage[time % 2]); }
   };
 
-  dim3 grid_;
+  static void work();
+
+  UNSEEN void wait(Barrier* barrier) {
+    const int thread = threadIdx.x, time = barrier->come();
+    waits_[thread] = {barrier, time};
+    fibers_[thread].switch_to(&host_);
+    barrier->leave(time);
+  }
+
+  UNSEEN bool run_warp(int warp) {
+    bool ran = false;
+    for (int thread = warp * kWarp; thread < (warp + 1) * kWarp; ++thread) {
+      const Wait& wait = waits_[thread];
+      if (wait.barrier && wait.barrier->times == wait.time) continue;
+      threadIdx = {static_cast<unsigned>(thread)};
+      host_.switch_to(&fibers_[thread]);
+      ran = true;
+    }
+    return ran;
+  }
+
+  bool run_warps() {
+    bool ran = false;
+    const bool upwards = random_() % 2;
+    for (int i = 0; i < kWarps; ++i)
+      while (run_warp(upwards ? i : kWarps - 1 - i)) ran = true;
+    return ran;
+  }
+
+  void run_block() {
+    const int time = blocks_.come();
+    while (run_warps()) {
+    }
+    if (blocks_.missing > 1) {
+      fprintf(stderr, "threads wait for others that have ended, or wait elsewhere\n");
+      abort();
+    }
+    blocks_.leave(time + 1);
+  }
+
+  struct Wait {
+    const Barrier* barrier;
+    int time;
+  };
+
   std::function<void()> kernel_;
-  std::optional<std::barrier<>> block_, warps_[kThreads / kWarp];
-  double slots_[kThreads];
-  std::barrier<> begin_{kThreads + 1}, end_{kThreads + 1};
-  std::barrier<Reset> next_block_{kThreads, Reset{this}};
-  std::vector<std::thread> threads_;
+  std::minstd_rand random_;
+  Fiber host_, fibers_[kThreads];
+  Wait waits_[kThreads] = {};
+  Barrier blocks_{kThreads + 1}, block_{kThreads}, warps_[kWarps];
+  double slots_[2][kThreads];
 };
 
-inline Device& device() {
-  static Device device;
-  return device;
+inline Device device;
+
+inline void Device::work() {
+  device.fibers_[threadIdx.x].arrived(&device.host_);
+  for (;;) {
+    device.wait(&device.blocks_);
+    device.kernel_();
+  }
 }
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::device().sync_threads(); }
+inline void __syncthreads() { cuda_on_host::device.sync_threads(); }
 inline double __shfl_down_sync(unsigned, double value, int distance) {
-  return cuda_on_host::device().shuffle_down(value, distance);
+  return cuda_on_host::device.shuffle_down(value, distance);
 }
 
 struct cudaLaunchConfig_t {
@@ -154,7 +187,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  cuda_on_host::device().run(config->gridDim, [=] { kernel(arguments...); });
+  cuda_on_host::device.run(config->gridDim, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
