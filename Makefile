@@ -1,16 +1,28 @@
 # make demo: the training example. make test: the tests. Both from a fresh clone, both repeatable.
 PYTHON ?= python3
-VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt cuda.cmake $(wildcard csrc/* src/jax_bce/*)
 
-.PHONY: demo test lint exhaustive bench gpu-check clean
+# A Python and a JAX each: the oldest that are supported, the newest, and between.
+floor := 3.11 jax==0.8.0 jaxlib==0.8.0
+between := 3.12 jax==0.11.2 jaxlib==0.11.2
+newest := 3.13 jax jaxlib
+
+.PHONY: demo test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.SECONDARY:
+.SECONDEXPANSION:
 
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
 test: $(VENV)/.test $(VENV)/.cuda_plugin
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
+
+# Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
+test-floor test-between test-newest: test-%: .venv-%/.versions
+	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) .venv-$*/bin/pytest -n auto -m "not any_jax"
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
@@ -32,15 +44,36 @@ bench: $(VENV)/.bench
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(GPU_CHECK)
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# $(PYTHON), or one of the PATH's or pyenv's, if it has that version.
+find = $(shell for python in $(PYTHON) python$(1) "$$(pyenv root)"/versions/$(1).*/bin/python3; do \
+  "$$python" -c 'import sys; "%d.%d" % sys.version_info[:2] == "$(1)" or sys.exit(1)' && \
+  echo "$$python" && break; done 2>/dev/null)
+
+.venv-%/bin/python:
+	$(foreach version,$(or $(firstword $($*)),$*),$(or $(call find,$(version)),$(error \
+	  There is no Python $(version), neither on the PATH nor among pyenv's)) -m venv .venv-$*)
+
+build/wheel-%/.built: .venv-%/bin/python $(SOURCES)
+	rm -rf $(@D)
+	$< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	touch $@
+
+# The wheel that the last prerequisite tells of. pip leaves an older one of the same version in place.
+install = wheel=$$(echo $(dir $(lastword $^))*.whl) && \
+  $< -m pip install --quiet --disable-pip-version-check "$$wheel[$(EXTRAS)]" $(1) && \
+  $< -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$wheel"
 
 # One stamp per set of extras: an install is repeated only when a source is newer.
 $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := test
 $(VENV)/.lint: EXTRAS := test,lint
-$(VENV)/.%: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --disable-pip-version-check '.[$(EXTRAS)]'
+$(VENV)/.%: $(VENV)/bin/python build/wheel-$(VERSION)/.built
+	$(install)
+	touch $@
+
+.venv-%/.versions: EXTRAS := test
+.venv-%/.versions: .venv-%/bin/python build/wheel-$$(firstword $$($$*))/.built
+	$(call install,$(wordlist 2,3,$($*)))
 	touch $@
 
 # XLA's compiler for GPUs, which tests use without one. Not among the installed packages: there,

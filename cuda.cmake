@@ -30,13 +30,23 @@ let pip fetch the compiler: JAX_BCE_CUDA=PYPI pip install .")
   message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
 endif()
 
-# Code for every generation that this compiler knows, and PTX of the newest for those to come.
+# Code for every generation that this compiler knows, or those that CUDAARCHS names ("80;90"), and
+# PTX of the newest for those to come.
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
-foreach(architecture 75 80 86 89 90 100 120)
-  if(KNOWN MATCHES "compute_${architecture}\n")
-    list(APPEND ARCHITECTURES ${architecture})
-    list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
+set(ARCHITECTURES $ENV{CUDAARCHS})
+if(NOT ARCHITECTURES)
+  foreach(architecture 75 80 86 89 90 100 120)
+    if(KNOWN MATCHES "compute_${architecture}\n")
+      list(APPEND ARCHITECTURES ${architecture})
+    endif()
+  endforeach()
+endif()
+foreach(architecture IN LISTS ARCHITECTURES)
+  if(NOT KNOWN MATCHES "compute_${architecture}\n")
+    message(FATAL_ERROR "CUDAARCHS=$ENV{CUDAARCHS}, but ${NVCC} does not know ${architecture}: name \
+some that `nvcc --list-gpu-arch` lists, as in CUDAARCHS='80;90', or unset it for all")
   endif()
+  list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
 endforeach()
 list(GET ARCHITECTURES -1 NEWEST)
 list(APPEND CODE -gencode arch=compute_${NEWEST},code=compute_${NEWEST})

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.any_jax
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 # As Nsight Compute prints it: its own lines, the program's, then a row for each kernel and metric.
 CSV_HEAD = """==PROF== Connected to process 1

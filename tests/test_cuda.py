@@ -24,10 +24,11 @@ from jax_bce import _primitive
 
 KERNEL_TESTS = Path(__file__).parent / "cuda_kernel"
 SOURCES = KERNEL_TESTS.parent.parent / "csrc"
-FLAGS = ["-O1", "-g", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
+FLAGS = ["-O1", "-g1", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
     ("sanitizers", "effort"),
     [("", 1), ("address,undefined", 0), ("thread", -1)],
@@ -46,6 +47,7 @@ def test_source_on_the_host(cpu: str, tmp_path: Path, sanitizers: str, effort: i
     assert re.search(r"[1-9]\d+ cases, 0 failed", done.stdout)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("program", ["test", "device"])
 def test_programs_for_a_gpu_compile(
     require: Callable[[str], None], tmp_path: Path, program: str
@@ -66,6 +68,7 @@ def module(require: Callable[[str], None]):
     return _primitive._cuda
 
 
+@pytest.mark.any_jax
 def test_architectures(module) -> None:
     """As many generations as the compiler knows, from 7.5 on."""
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -73,6 +76,7 @@ def test_architectures(module) -> None:
     assert module.architectures.split(", ") == [a for a in wanted if f"compute_{a}\n" in known]
 
 
+@pytest.mark.any_jax
 def test_needs_no_cuda_library(module) -> None:
     libraries = subprocess.run(["ldd", module.__file__], capture_output=True, text=True).stdout
     assert "libc.so" in libraries
@@ -124,6 +128,7 @@ LISTING = """
 """
 
 
+@pytest.mark.any_jax
 def test_the_reader_takes_the_common_way() -> None:
     """Wide loads, all of the arithmetic, the store; but not what is for rare elements."""
     lines = [line.strip() for line in LISTING.strip().splitlines()]
@@ -145,6 +150,7 @@ def test_the_reader_takes_the_common_way() -> None:
     assert [width for instruction in way if (width := instruction.width("LDG"))] == [128, 32]
 
 
+@pytest.mark.any_jax
 def test_code_for_each_architecture(module, code) -> None:
     """Machine code for those it names; and PTX of the newest, for those to come."""
     named = [int(architecture) for architecture in module.architectures.split(", ")]
@@ -152,6 +158,7 @@ def test_code_for_each_architecture(module, code) -> None:
     assert code.architectures("ptx") == named[-1:]
 
 
+@pytest.mark.any_jax
 def test_everything_is_in_registers(code) -> None:
     """No kernel keeps a variable in memory, on any architecture."""
     kernels = [kernel for number in code.architectures("elf") for kernel in code.kernels(number)]
@@ -160,18 +167,21 @@ def test_everything_is_in_registers(code) -> None:
     assert [kernel for kernel in kernels if kernel.stack] == []
 
 
+@pytest.mark.any_jax
 def test_loads_of_sixteen_bytes(code) -> None:
     for architecture in code.architectures("elf"):
         kernel = code.long_rows(architecture, "float32", 4)
         assert set(kernel.widths("LDG")) == {128}, kernel
 
 
+@pytest.mark.any_jax
 def test_stores_of_sixteen_bytes(code) -> None:
     for architecture in code.architectures("elf"):
         kernel = code.long_rows(architecture, "float32", 4)
         assert set(kernel.widths("STG")) == {128}, kernel
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
     ("logits", "label_bytes", "budget"),
     [("float32", 4, BUDGET), ("bfloat16", 1, BUDGET_BFLOAT16)],

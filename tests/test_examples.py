@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import platforms
+import pytest
+
+pytestmark = pytest.mark.any_jax
 
 ROOT = Path(__file__).parent.parent
 

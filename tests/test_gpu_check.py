@@ -9,6 +9,8 @@ from pathlib import Path
 import gpu_check
 import pytest
 
+pytestmark = pytest.mark.any_jax
+
 NO_GPU = {"JAX_PLATFORMS": "cpu", "PATH": ""}
 
 

@@ -12,6 +12,8 @@ import oracle
 import pytest
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
+pytestmark = pytest.mark.any_jax
+
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text())
 ELEMENTS = [case for case in CASES if case["id"].startswith("E")]
 
