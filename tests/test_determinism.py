@@ -219,17 +219,20 @@ def check_sum(check, implementation: str, name: str, size: int) -> None:
             check.reduced(implementation, loss, exact, f"sum, {name}")
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("name", ADVERSARIES)
 @pytest.mark.parametrize("size", [1, 2, 1000, 65_537])
 def test_sum(check, implementation: str, size: int, name: str) -> None:
     check_sum(check, implementation, name, size)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_sum_of_millions(check, platform: str, name: str) -> None:
     check_sum(check, platform, name, size=3_000_017)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("label", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
 def test_sum_of_soft_labels(check, implementation: str, dtype: np.dtype, label: float) -> None:

@@ -15,6 +15,8 @@ from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 CASES = {c["id"]: c for c in json.loads(Path(__file__).with_name("cases.json").read_text())}
 ELEMENTS = [case for name, case in CASES.items() if name.startswith("E")]
 LABELS = (0.0, 1.0, 0.1, 0.9)
