@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from oracle import FLOAT32, FLOAT64
 
 import jax_bce
@@ -221,6 +222,83 @@ def test_published_hessians(check, loss, dtype: np.dtype) -> None:
     exact = np.where(logits == x, exact, oracle.exact(logits, labels).hessian.astype(np.float64))
     bound = oracle.DERIVATIVE[dtype.name] + oracle.CASE
     check.ulps("published hessian", hessian, exact, bound, flushes=True, inputs=(x, y))
+
+
+POLICIES = {
+    "nothing saved": jax.checkpoint_policies.nothing_saveable,
+    "all saved": jax.checkpoint_policies.everything_saveable,
+    "losses saved": jax.checkpoint_policies.save_only_these_names("loss"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("residuals", ["gradient", "recompute"])
+def test_checkpoint_policies(check, loss, implementation: str, residuals: str, policy: str) -> None:
+    """Whatever is kept for the backward pass, the derivatives are the same."""
+
+    @partial(jax.checkpoint, policy=POLICIES[policy])
+    def named(x: jax.Array, y: jax.Array) -> jax.Array:
+        return checkpoint_name(loss(x, y, residuals=residuals), "loss")
+
+    function = through("scan", named)
+    gradient = jax.jit(jax.grad(function))(LOGITS)
+    check.elements(implementation, LOGITS, LABELS, gradient=gradient, factor=FACTOR, flushes=True)
+    if residuals == "gradient":
+        check_derivative(check, jax.jit(HESSIANS["rev rev"](function))(LOGITS), "hessian")
+
+
+def test_hessian_of_each_row(check, loss) -> None:
+    """vmap of the Hessian, where "vmap" above is the Hessian of vmap."""
+    hessians = jax.jit(jax.vmap(jax.hessian(loss)))(LOGITS, LABELS)
+    exact = oracle.exact(LOGITS, LABELS).hessian * FACTOR
+    exact = np.stack([diagonal(row, 2) for row in exact])
+    check.ulps("hessian", hessians, exact, oracle.DERIVATIVE["float32"], scale=exact)
+
+
+def test_gradient_of_each_example_through_a_model(check, loss) -> None:
+    """Of a linear model: the gradient of the logit times the example's features."""
+    features = oracle.random_logits(FLOAT32, (SHAPE[1], 5), seed=4)
+    weights = oracle.random_logits(FLOAT32, (5,), seed=5, scale=1.0)
+
+    def objective(weights: jax.Array, row: jax.Array, label: jax.Array) -> jax.Array:
+        return loss(jnp.dot(row, weights, precision="highest"), label)
+
+    each = jax.vmap(jax.grad(objective), (None, 0, 0))
+    gradients = jax.jit(each)(weights, features, LABELS[0])
+    logits = features.astype(np.float64) @ weights.astype(np.float64)
+    exact = oracle.exact(logits, LABELS[0]).gradient.astype(np.float64)[:, None] * features
+    np.testing.assert_allclose(gradients, exact, rtol=oracle.TOLERANCE["xla"].sum)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_implicit_derivative_of_an_optimum(check, loss, mode: str) -> None:
+    """The best logit for n labels of mean p is b = log(p / (1 - p)): db/dy = 1 / (n p (1 - p)).
+
+    JAX has it from the optimality condition, that the gradient is zero, by a second derivative.
+    """
+    labels = np.array([0.1, 0.9, 1.0, 0.0, 1.0])
+
+    def best(labels: jax.Array) -> jax.Array:
+        def condition(b: jax.Array) -> jax.Array:
+            return jax.grad(lambda b: loss(jnp.full(labels.shape, b), labels))(b)
+
+        def newton(condition: Callable, b: jax.Array) -> jax.Array:
+            def step(_: int, b: jax.Array) -> jax.Array:
+                return b - condition(b) / jax.grad(condition)(b)
+
+            return lax.fori_loop(0, 8, step, b)
+
+        def solve(linear: Callable, right: jax.Array) -> jax.Array:
+            return right / linear(jnp.ones_like(right))
+
+        return lax.custom_root(condition, jnp.zeros(()), newton, solve)
+
+    with jax.enable_x64(True):
+        jacobian = {"fwd": jax.jacfwd, "rev": jax.jacrev}[mode]
+        b, derivative = best(labels), jax.jit(jacobian(best))(labels)
+    p = labels.mean()
+    check.reduced("xla", b, np.log(p / (1 - p)), "optimum")
+    check.reduced("xla", derivative, np.full(5, 1 / (5 * p * (1 - p))), "derivative of an optimum")
 
 
 def test_no_derivative_at_the_ends_is_nan(loss) -> None:

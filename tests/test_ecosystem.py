@@ -213,12 +213,12 @@ def optimum() -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", [lbfgs, bfgs, newton])
-def test_solvers_find_the_optimum(implementation: str, solver: Callable) -> None:
+def test_solvers_find_the_optimum(platform: str, solver: Callable) -> None:
     with jax.enable_x64(True):
         features, labels = data(FLOAT64)
 
         def objective(weights: jax.Array) -> jax.Array:
-            loss = jax_bce.loss(features @ weights, labels, implementation=implementation)
+            loss = jax_bce.loss(features @ weights, labels, implementation=platform)
             return loss + RIDGE / 2 * jnp.sum(weights**2)
 
         weights = solver(objective, jnp.zeros(FEATURES))

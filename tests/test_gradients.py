@@ -283,6 +283,17 @@ def test_recomputed_equals_stored(platform: str, dtype: np.dtype, reduction: str
     oracle.assert_same_bits(gradient("recompute"), gradient("gradient"))
 
 
+def test_donated_logits(implementation: str) -> None:
+    """Where the gradient may lie in the logits' memory, the kernel still reads them first."""
+    logits, labels = inputs(FLOAT32)
+    function = partial(jax_bce.loss_and_grad, implementation=implementation)
+    expected = jax.jit(function)(logits, labels)
+    donated = jax.device_put(logits)
+    results = jax.jit(function, donate_argnums=0)(donated, labels)
+    assert donated.is_deleted()
+    oracle.assert_same_bits(results, expected)
+
+
 def test_gradient_keeps_dead_end_alive(implementation: str) -> None:
     """A gradient descent from logits that are entirely wrong comes back."""
     logits, labels = np.array([-50.0, 50.0, -200.0, 200.0], FLOAT32), np.array([1, 0, 1, 0])
