@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from oracle import BFLOAT16, FLOAT32
 
 import jax_bce
@@ -145,6 +147,27 @@ def test_nested_thrice(implementation: str, assert_same: Callable) -> None:
     loss, gradient = loop(function, (0, 0), *rows, size=24)
     expected = loss.reshape(2, 3, 4), gradient.reshape(shape)
     assert_same(mapped, expected)
+
+
+@pytest.mark.parametrize("case", ["both", "logits", "labels", "different", "a label for each"])
+def test_spmd_axis_name(cpu: str, case: str) -> None:
+    """The mapped axis is spread over 8 devices, also where logits are constrained inside."""
+    in_axes, *shapes = IN_AXES[case]
+    size = 8
+    shapes = [tuple(size if d == BATCH else d for d in shape) for shape in shapes]
+    logits, labels = inputs(*shapes)
+    mesh = Mesh(np.array(jax.devices(cpu)), "rows")
+
+    def function(logits, labels):
+        logits = lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
+        return jax_bce.loss_and_grad(logits, labels, implementation=cpu)
+
+    mapped = jax.jit(jax.vmap(function, in_axes, spmd_axis_name="rows"))
+    loss, gradient = mapped(logits, labels)
+    oracle.assert_same_bits((loss, gradient), loop(function, in_axes, logits, labels, size))
+    rows = NamedSharding(mesh, PartitionSpec("rows"))
+    if in_axes[0] is not None:
+        assert gradient.sharding.is_equivalent_to(rows, gradient.ndim)
 
 
 def test_grad_of_vmap_is_vmap_of_grad(implementation: str, assert_same: Callable) -> None:
