@@ -134,6 +134,25 @@ def test_vmap_of_logits_alone(loss: Callable) -> None:
     assert_calls(compile_for(function, SHAPE, SHAPE[1:]))
 
 
+def test_vmap_of_labels_alone(loss: Callable) -> None:
+    """Logits that are shared stay as small as they are."""
+    function = jax.vmap(jax.value_and_grad(loss), (None, 0))
+    assert_calls(compile_for(function, SHAPE[1:], SHAPE))
+
+
+def test_vmap_of_one_label_for_each(loss: Callable) -> None:
+    assert_calls(compile_for(jax.vmap(jax.value_and_grad(loss)), SHAPE, SHAPE[:1]))
+
+
+def test_vmap_in_place(loss: Callable) -> None:
+    """A mapped axis in front of the summed ones is not moved to the first place."""
+    elementwise = partial(loss, reduction="none")
+    assert_calls(compile_for(jax.vmap(elementwise, 1, 1)))
+    assert_calls(compile_for(jax.vmap(elementwise, (1, None), 1), SHAPE, SHAPE[:1]))
+    shape = (16, 256, 256)
+    assert_calls(compile_for(jax.vmap(partial(loss, axis=-1), 1, 1), shape, shape))
+
+
 def test_vmap_twice(loss: Callable) -> None:
     shape = (4, 256, 1024)
     assert_calls(compile_for(jax.vmap(jax.vmap(jax.value_and_grad(loss))), shape, shape))
