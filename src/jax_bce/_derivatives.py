@@ -6,6 +6,7 @@ differentiation passes through it.
 """
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def _label_tangent(labels: Array, smoothing: Array, labels_dot: Any, smoothing_d
         terms.append(labels_dot.astype(smoothing.dtype) * (1 - smoothing))
     if not isinstance(smoothing_dot, ad.Zero):
         terms.append((0.5 - labels.astype(smoothing.dtype)) * smoothing_dot)
-    return sum(terms) if terms else None
+    return functools.reduce(operator.add, terms) if terms else None
 
 
 def _jvp(
@@ -120,18 +121,20 @@ def _recompute_backward(
         reshard: Any = jax.sharding.reshard  # labels are spread over more of an explicit mesh
         logits_bar = reshard(logits_bar, spread)
 
-    factor = weight * scale.dtype.type(1 / common["count"])
+    # The smoothed labels' cotangent. It is not multiplied by a tangent of zero, which would be NaN
+    # where a logit is infinite.
+    smoothed_bar = -logits.astype(scale.dtype) * (weight * scale.dtype.type(1 / common["count"]))
     float_labels = jnp.issubdtype(labels.dtype, jnp.floating)
 
-    def tangent(labels_dot: Any, smoothing_dot: Array) -> Array:
+    def tangent(labels_dot: Any, smoothing_dot: Array) -> Any:
         label_dot = _label_tangent(labels, smoothing, labels_dot, smoothing_dot)
-        return jnp.sum(-logits.astype(scale.dtype) * label_dot * factor)
+        return label_dot + jnp.zeros_like(smoothed_bar)  # in its shape, and spread as it is
 
     zero = ad.Zero(jax.typeof(labels).to_tangent_aval())
     moving = tangent if float_labels else functools.partial(tangent, zero)
     arguments = (labels, smoothing) if float_labels else (smoothing,)
-    total, pullback = jax.vjp(moving, *map(jnp.zeros_like, arguments))
-    *labels_bar, smoothing_bar = pullback(jnp.ones_like(total))
+    zeros, pullback = jax.vjp(moving, *map(jnp.zeros_like, arguments))
+    *labels_bar, smoothing_bar = pullback(zeros + smoothed_bar)
     return logits_bar, labels_bar[0] if labels_bar else None, None, smoothing_bar
 
 

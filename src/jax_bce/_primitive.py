@@ -246,13 +246,18 @@ def vary_alike(*operands: Array) -> tuple[Array, ...]:
 def _batch(
     operands: Sequence[Array], axes: Sequence[int | None], **params: Any
 ) -> tuple[list[Array], list[int]]:
-    """An operand that is not mapped gets a leading dimension of size 1: nothing is copied."""
+    """The mapped axis stays where the first operand has it, unless that is a summed dimension.
+
+    An operand that is not mapped gets a dimension of size 1 there: nothing is copied.
+    """
+    first, axis = next((o, a) for o, a in zip(operands, axes, strict=True) if a is not None)
+    where = axis if axis < first.ndim - params["reduced_rank"] else 0
     batched = [
-        jnp.expand_dims(operand, 0) if axis is None else jnp.moveaxis(operand, axis, 0)
+        jnp.expand_dims(operand, where) if axis is None else jnp.moveaxis(operand, axis, where)
         for operand, axis in zip(operands, axes, strict=True)
     ]
     results = bce_p.bind(*batched, **params)
-    return results, [0] * len(results)
+    return results, [where] * len(results)
 
 
 batching.primitive_batchers[bce_p] = _batch
