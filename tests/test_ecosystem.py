@@ -4,23 +4,30 @@ Through optax with each of the libraries that models are written in, and with so
 the optimum themselves: nothing changes but the one line that names the loss.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 
 import equinox
-import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
-from flax import nnx
-from flax.training.train_state import TrainState
 from jax.scipy.optimize import minimize
 from oracle import FLOAT32, FLOAT64
 
 import jax_bce
+
+with warnings.catch_warnings():
+    # Any flax that takes the oldest JAX asks it for what it is about to lose.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import flax.linen
+    from flax import nnx
+    from flax.training.train_state import TrainState
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:flax")
 
 FEATURES, WIDTH, STEPS = 8, 16, 20
 Loss = Callable[[jax.Array, jax.Array], jax.Array]

@@ -30,11 +30,15 @@ class Call(NamedTuple):
 
     def in_place(self, gradient: Array) -> Array:
         """The gradient with the summed axes where the logits have them."""
-        return jnp.moveaxis(gradient, _last(self.axes), self.axes)
+        return _move(gradient, _last(self.axes, gradient.ndim), self.axes)
 
 
-def _last(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(range(-len(axes), 0))
+def _last(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - len(axes), rank))
+
+
+def _move(array: Array, source: tuple[int, ...], destination: tuple[int, ...]) -> Array:
+    return array if source == destination else jnp.moveaxis(array, source, destination)
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -55,6 +59,8 @@ def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
 
 
 def _array(name: str, value: ArrayLike) -> Array:
+    if isinstance(value, Array):
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -145,8 +151,9 @@ def prepare(
     count = math.prod(x.shape[a] for a in axes) if reduction == "mean" else 1
     if not isinstance(count, int):  # of symbolic sizes, in jax.export
         scale, count = scale / jnp.maximum(1, jnp.asarray(count)).astype(wide), 1
-    y = jnp.moveaxis(y, axes, _last(axes)) if y.ndim else y.reshape((1,) * x.ndim)
-    x = jnp.moveaxis(x, axes, _last(axes))
+    last = _last(axes, x.ndim)
+    y = _move(y, axes, last) if y.ndim else y.reshape((1,) * x.ndim)
+    x = _move(x, axes, last)
     result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
     # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
     direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
