@@ -258,6 +258,18 @@ def test_the_handler_takes_scalars_and_sums_to_float64(platform: str, columns: i
     assert np.all(wide != wide.astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["logits", "labels"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_memory_of_the_host(platform: str, function: Callable, name: str, jit: bool) -> None:
+    """A kernel would read it as the device's."""
+    operands = {"logits": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)}
+    device = next(iter(operands[name].devices()))
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    operands[name] = jax.device_put(operands[name], host)
+    with pytest.raises(ValueError, match=rf"{name} are in the host.*jax\.memory\.Space\.Device"):
+        (jax.jit(function) if jit else function)(**operands)
+
+
 @pytest.mark.parametrize("positional", [("mean",), ("mean", None), (None, None, "mean")], ids=len)
 def test_options_are_keywords(function: Callable, positional: tuple) -> None:
     with pytest.raises(TypeError, match="positional"):

@@ -271,14 +271,60 @@ def test_uneven_rows_stay(auto: Mesh) -> None:
         ((8, 3, 4), 3, 8, (8, 3, 4, 1)),
         ((5, 6, 7), 2, 8, (5, 2, 21)),
         ((5, 7), 2, 8, (35,)),
+        ((1_000_000, 8), 2, 8, (8, 1_000_000)),
+        ((1_000_000, 8), 1, 8, (1_000_000, 8)),
+        ((4096, 8), 2, 8, (4096, 8, 1)),
+        ((1_000_000, 256), 2, 8, (1_000_000, 8, 32)),
         ((), 0, 8, (1,)),
         ((0, 3), 2, 8, (8, 0)),
     ],
     ids=str,
 )
-def test_view(shape: tuple, reduced_rank: int, devices: int, expected: tuple) -> None:
-    """Every number of equal parts that the devices can ask for is there, and no more."""
-    assert _call.view(shape, reduced_rank, devices) == expected
+def test_split_shape(shape: tuple, reduced_rank: int, devices: int, expected: tuple) -> None:
+    """Every number of equal parts that the devices can ask for is there, and no more.
+
+    But many short rows stay whole.
+    """
+    assert _call.split_shape(shape, reduced_rank, devices) == expected
+
+
+def test_many_short_rows(auto: Mesh) -> None:
+    """Where they lie whole, nothing is gathered; where they do not, the results are the same."""
+    operands = inputs((8192, 8))
+    function = jax.value_and_grad(jax_bce.loss)
+    expected = jax.jit(function)(*operands)
+    for spec, sent in (
+        (P(("data", "model")), {"all-reduce"}),
+        (P("data", "model"), {"all-gather"}),
+    ):
+        spread = put(auto, operands, spec)
+        compiled = jax.jit(function).lower(*spread).compile()
+        value, gradient = compiled(*spread)
+        assert_same(value, expected[0])
+        oracle.assert_same_bits(gradient, expected[1])
+        assert {what.split()[0] for what in collectives(compiled)} >= sent
+        assert (spec == P(("data", "model"))) == (collectives(compiled) == ["all-reduce f64[]"])
+
+
+def test_loss_and_grad_as_logits_are_spread(explicit: Mesh) -> None:
+    """Like the gradient of jax.grad, where labels are spread over more axes."""
+    for of_logits, of_labels in ((P(), P("data")), (P("data"), P("data", "model"))):
+        spread = put(explicit, inputs(), of_logits, of_labels)
+        _, gradient = jax.jit(jax_bce.loss_and_grad)(*spread)
+        assert jax.typeof(gradient) == jax.typeof(spread[0])
+
+
+def test_unreduced_is_refused(explicit: Mesh) -> None:
+    logits, labels = put(explicit, inputs(), P("data"))
+    unreduced = P("data", None, unreduced={"model"})
+    product = partial(jnp.einsum, "ij,jk->ik", out_sharding=unreduced)
+
+    def loss(x: jax.Array, y: jax.Array) -> jax.Array:
+        weights = jax.sharding.reshard(jnp.ones((64, 64)), P("model", None))
+        return jax_bce.loss(product(jax.sharding.reshard(x, P("data", "model")), weights), y)
+
+    with pytest.raises(ValueError, match=r"unreduced .* jax\.sharding\.reshard"):
+        jax.jit(loss)(logits, labels)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, oracle.FLOAT64], ids=str, indirect=True)

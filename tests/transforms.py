@@ -115,6 +115,12 @@ MODES = {
     "value_and_grad of a scan over rows": Mode(value_and_grad(scanned)),
     "jit, rows on 8 devices": Mode(value_and_grad(loss), spread=P(("data", "model"))),
     "jit, columns on 8 devices": Mode(value_and_grad(loss), spread=P(None, ("data", "model"))),
+    "jit, rows of 8 elements on 8 devices": Mode(
+        value_and_grad(loss), (SIZE // 8, 8), (SIZE // 8, 8), spread=P(("data", "model"))
+    ),
+    "jit, vmap of logits alone on 8 devices": Mode(
+        vmap(value_and_grad(loss), (0, None)), labels=SHAPE[1:], spread=P(("data", "model"))
+    ),
     "jit, rows and columns": Mode(value_and_grad(loss), spread=P("data", "model")),
     "jit, rows and columns, recompute": Mode(value_and_grad(recompute), spread=P("data", "model")),
     "jit, rows and columns, Hessian times vector": Mode(
@@ -142,13 +148,15 @@ def compile_for(mode: Mode) -> jax.stages.Compiled:
     devices = jax.devices("cpu")
     mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=devices)
     function, shapes = mode.function, (mode.logits, mode.labels)
-    sharding = None if mode.spread is None else NamedSharding(mesh, mode.spread)
+    # What vmap does not map, every device has.
+    specs = [mode.spread if len(shape) == len(SHAPE) else P() for shape in shapes]
+    shardings = [mode.spread and NamedSharding(mesh, spec) for spec in specs]
     if mode.manual:
-        specs = {"in_specs": mode.spread, "out_specs": (P(), mode.spread)}
-        function = jax.shard_map(function, mesh=mesh, **specs)
+        places = {"in_specs": mode.spread, "out_specs": (P(), mode.spread)}
+        function = jax.shard_map(function, mesh=mesh, **places)
     operands = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for shape, dtype in zip(shapes, mode.dtypes, strict=True)
+        for shape, dtype, sharding in zip(shapes, mode.dtypes, shardings, strict=True)
     ]
     return jax.jit(function).lower(*operands).compile()
 

@@ -137,6 +137,12 @@ def prepare(
             f"labels must be one of {list(_LABELS)}, got {y.dtype.name}: use "
             f"labels.astype(jnp.{mend})."
         )
+    for name, operand in (("logits", x), ("labels", y)):
+        if (space := getattr(jax.typeof(operand), "memory_space", None)) and space.name == "Host":
+            raise ValueError(
+                f"{name} are in the host's memory: move them to the device's first, "
+                f"jax.device_put({name}, jax.memory.Space.Device)."
+            )
     if y.ndim and y.shape != x.shape:
         raise ValueError(
             f"labels of shape {y.shape} do not match logits of shape {x.shape}: "

@@ -5,7 +5,8 @@ along leading dimensions that operands and results have in common. So in a progr
 devices each dimension that may be spread becomes a leading one, those that are summed included: the
 last of them, of size d, is seen as (g, d / g), where g is the largest number of equal parts that
 the devices can ask for, and all that follows g is a block. The kernel sums blocks, and XLA adds up
-their sums, on each device and then across devices.
+their sums, on each device and then across devices. How the operands lie is not known here: it is
+XLA that propagates it, later.
 """
 
 import math
@@ -22,6 +23,10 @@ from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
 
+# A sum for each part of a row is not worth it where parts have fewer elements, and rows are more,
+# than that. Where such rows are spread over devices nevertheless, XLA gathers them.
+_NARROW, _MANY_ROWS = 32, 4096
+
 # How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
 Workspace = Callable[[int, int], int]
 
@@ -32,12 +37,13 @@ def ffi_call(
     target: str,
     workspace: Workspace,
     *,
+    kind: str,
     reduced_rank: int,
     count: int,
 ) -> Any:
     """The results of the primitive by the target's kernel."""
     emit = _in_blocks if _devices(context) > 1 else _as_it_stands
-    return emit(context, operands, target, workspace, reduced_rank, count)
+    return emit(context, operands, target, workspace, kind != "grad", reduced_rank, count)
 
 
 def _devices(context: mlir.LoweringRuleContext) -> int:
@@ -84,29 +90,32 @@ def _as_it_stands(
     operands: Sequence[Any],
     target: str,
     workspace: Workspace,
+    sums: bool,
     reduced_rank: int,
     count: int,
 ) -> Any:
+    if not sums or not reduced_rank:  # nothing needs rows, and without them the kernel is faster
+        return _emit(context, operands, target, (0,), 0, count)
     avals: Sequence[Any] = context.avals_in
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
     split = len(shape) - reduced_rank
-    room = workspace(math.prod(shape[:split]), math.prod(shape[split:])) if reduced_rank else 0
+    room = workspace(math.prod(shape[:split]), math.prod(shape[split:]))
     return _emit(context, operands, target, (room,), reduced_rank, count)
 
 
-def view(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
+def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
     """The shape as leading dimensions and one block, of size 1 where nothing is summed.
 
     The number of equal parts of a dimension divides both its size and the number of devices.
     """
-    split = len(shape) - reduced_rank
-    parts = [math.gcd(size, devices) for size in shape[split:]]
-    while parts and parts[-1] == 1:
-        parts.pop()
-    if not parts:
-        return (*shape[:split], math.prod(shape[split:]))
-    last = split + len(parts) - 1
-    return (*shape[:last], parts[-1], shape[last] // parts[-1] * math.prod(shape[last + 1 :]))
+    kept = len(shape) - reduced_rank
+    for last in reversed(range(kept, len(shape))):
+        parts = math.gcd(shape[last], devices)
+        block = shape[last] // parts * math.prod(shape[last + 1 :])
+        narrow = block < _NARROW and math.prod(shape[:last]) > _MANY_ROWS
+        if parts > 1 and not narrow:
+            return (*shape[:last], parts, block)
+    return (*shape[:kept], math.prod(shape[kept:]))
 
 
 def _sharding_rule(batch: Sequence[int], operands: Any, results: Any) -> ir.Attribute:
@@ -132,25 +141,27 @@ def _in_blocks(
     operands: Sequence[Any],
     target: str,
     workspace: Workspace,
+    sums: bool,
     reduced_rank: int,
     count: int,
 ) -> Any:
     avals_in: Sequence[Any] = context.avals_in
     avals_out: Sequence[Any] = context.avals_out
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals_in))
-    seen = view(shape, reduced_rank, _devices(context))
-    batch, block = seen[:-1], seen[-1]
+    split = split_shape(shape, reduced_rank, _devices(context))
+    batch, block = split[:-1], split[-1]
+    sums = sums and reduced_rank > 0
 
     def of_elements(operand: Array) -> Array:
-        return jnp.broadcast_to(operand, shape).reshape(seen)
+        return jnp.broadcast_to(operand, shape).reshape(split)
 
     def of_blocks(operand: Array) -> Array:
         return jnp.broadcast_to(operand.reshape(*operand.shape[: len(batch)], 1), (*batch, 1))
 
     def enter(logits: Array, labels: Array, scale: Array, smoothing: Array) -> list[Array]:
         """A number for all is a scalar, which each device has; the rest is as wide as the batch."""
-        views = [(labels, of_elements), (scale, of_blocks), (smoothing, of_blocks)]
-        others = [x.reshape(()) if x.size == 1 else view_of(x) for x, view_of in views]
+        wide = [(labels, of_elements), (scale, of_blocks), (smoothing, of_blocks)]
+        others = [x.reshape(()) if x.size == 1 else widened(x) for x, widened in wide]
         return [of_elements(logits), *others]
 
     def leave(*results: Array) -> list[Array]:
@@ -159,14 +170,14 @@ def _in_blocks(
             for result, aval in zip(results, avals_out, strict=True)
         ]
 
-    def add_up(sums: Array, aval: ShapedArray) -> Array:
+    def add_up(blocks: Array, aval: ShapedArray) -> Array:
         with jax.enable_x64(True):
-            return jnp.sum(sums, axis=tuple(range(aval.ndim, sums.ndim))).astype(aval.dtype)
+            return jnp.sum(blocks, axis=tuple(range(aval.ndim, blocks.ndim))).astype(aval.dtype)
 
-    def seen_result(aval: Any) -> ShapedArray:
+    def split_result(aval: Any) -> ShapedArray:
         """Sums of blocks are float64: the loss is rounded once, when they are added up."""
         if aval.ndim == len(shape):
-            return ShapedArray(seen, aval.dtype)
+            return ShapedArray(split, aval.dtype)
         return ShapedArray(batch, np.dtype(np.float64))
 
     replace: Any = context.replace
@@ -174,9 +185,9 @@ def _in_blocks(
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals_in]
         entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *plain)]
-        results = [seen_result(aval) for aval in avals_out]
-        room = workspace(1, block) if reduced_rank else 0
+        results = [split_result(aval) for aval in avals_out]
+        room = workspace(1, block) if sums else 0
         values = mlir.lower_fun(enter)(replace(avals_in=plain, avals_out=entered), *operands)
         inside = replace(avals_in=entered, avals_out=results)
-        values = _emit(inside, values, target, (*batch, room), int(reduced_rank > 0), count, batch)
+        values = _emit(inside, values, target, (*batch, room), int(sums), count, batch)
         return mlir.lower_fun(leave)(replace(avals_in=results), *values)

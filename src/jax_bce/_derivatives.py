@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.interpreters import ad
 
-from jax_bce._primitive import bce, bce_p
+from jax_bce._primitive import bce, bce_p, spread_like
 from jax_bce._reference import arithmetic_dtype, element_hessian, sum_trailing
 
 
@@ -116,10 +116,7 @@ def _recompute_backward(
     cotangent = cotangent.astype(scale.dtype)
     weight = cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
     (logits_bar,) = bce(logits, labels, weight, smoothing, kind="grad", **common)
-    spread: Any = jax.typeof(logits).sharding
-    if spread.spec != jax.typeof(logits_bar).sharding.spec:
-        reshard: Any = jax.sharding.reshard  # labels are spread over more of an explicit mesh
-        logits_bar = reshard(logits_bar, spread)
+    logits_bar = spread_like(logits_bar, logits)
 
     # The smoothed labels' cotangent. It is not multiplied by a tangent of zero, which would be NaN
     # where a logit is infinite.

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce._arguments import one_of, prepare
 from jax_bce._derivatives import recompute
-from jax_bce._primitive import bce
+from jax_bce._primitive import bce, spread_like
 
 
 def loss(
@@ -65,15 +65,15 @@ def loss(
       (``implementation="xla"``) flushes subnormal results to zero.
 
     Several devices:
-      Operands that are spread over a mesh stay there: each device evaluates its own elements, and
-      the gradient lies as the logits do. Only where a spread dimension that is summed cannot be
-      divided evenly among its devices, or logits and labels are spread over one dimension in
-      different ways, XLA gathers them first. In a shard_map the loss is that of the shard.
+      Operands that are spread over a mesh stay there: each device evaluates its own elements. XLA
+      may gather them where a summed dimension is spread and does not divide evenly, or logits and
+      labels are spread over one dimension in different ways, or more than 4,096 rows into parts of
+      fewer than 32 elements. In a shard_map the loss is that of the shard.
 
     Raises:
       TypeError: logits that are not floating-point, or another dtype that is not listed here.
-      ValueError: labels of another shape, or spread differently over an explicit mesh, an unknown
-        option, an axis out of range.
+      ValueError: labels of another shape, or spread differently over an explicit mesh, operands in
+        the host's memory, an unknown option, an axis out of range.
       RuntimeError: an implementation that is not available, with the reason and the remedy.
 
     Source:
@@ -139,4 +139,5 @@ def loss_and_grad(
     """
     call = prepare(logits, labels, reduction, axis, label_smoothing, dtype, implementation)
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
-    return value.astype(call.result_dtype), call.in_place(gradient)
+    gradient = call.in_place(spread_like(gradient, call.operands[0]))
+    return value.astype(call.result_dtype), gradient

@@ -183,6 +183,11 @@ def _evaluate(*operands: Array, **params: Any) -> list[Array]:
 
 def _spread(operands: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
     """The axes of an explicit mesh over which each dimension is spread: as in any operand."""
+    if any(o.sharding.spec.unreduced or o.sharding.spec.reduced for o in operands):
+        raise ValueError(
+            "logits and labels cannot be unreduced or reduced over axes of a mesh: "
+            "jax.sharding.reshard them to a PartitionSpec without either."
+        )
     spec, used, fits = [], [], True
     for dimension, size in enumerate(shape):
         found = {o.sharding.spec[dimension] for o in operands if o.shape[dimension] == size}
@@ -218,6 +223,14 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
     loss = result(len(shape) - reduced_rank, params["loss_dtype"])
     gradient = result(len(shape), params["gradient_dtype"])
     return {"loss": [loss], "loss_and_grad": [loss, gradient], "grad": [gradient]}[kind]
+
+
+def spread_like(gradient: Array, logits: Array) -> Array:
+    """The gradient, spread over an explicit mesh as the logits are and labels may not be."""
+    spread: Any = jax.typeof(logits).sharding
+    actual: Any = jax.typeof(gradient).sharding
+    reshard: Any = jax.sharding.reshard
+    return gradient if spread.spec == actual.spec else reshard(gradient, spread)
 
 
 def _varies_over(operand: Array) -> frozenset[Any]:
@@ -295,10 +308,9 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
         params = {name: params[name] for name in ("kind", "reduced_rank", "count")}
-        kind = params.pop("kind")
-        sums = platform == "cuda" and kind != "grad"
-        workspace = _cuda.workspace if sums else lambda rows, columns: 0
-        return ffi_call(context, operands, f"jax_bce_v1_{kind}", workspace, **params)
+        target = f"jax_bce_v1_{params['kind']}"
+        workspace = _cuda.workspace if platform == "cuda" else lambda rows, columns: 0
+        return ffi_call(context, operands, target, workspace, **params)
 
     return rule
 

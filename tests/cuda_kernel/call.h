@@ -121,7 +121,7 @@ struct Case {
   int offset;  // of every array, in elements
   bool reduce, loss, gradient;
   bool one_label, scales;  // a label a row; a scale an element, or a row
-  bool wide;               // results of the arithmetic's type
+  bool wide;               // results of the arithmetic's type, sums of float64
   bool smooth;             // a smoothing an element, or a row
   bool other = false;      // results of another 16-bit type
 };
@@ -148,7 +148,7 @@ struct Call {
   const Type gradient_type = c.other  ? c.logits == Type::kF16 ? Type::kBF16 : Type::kF16
                              : c.wide ? arithmetic
                                       : c.logits;
-  const Type loss_type = c.reduce ? arithmetic : gradient_type;
+  const Type loss_type = !c.reduce ? gradient_type : c.wide ? Type::kF64 : arithmetic;
   const int64_t labels_size = c.one_label ? c.rows : size;
   const int64_t scales_size = !c.scales ? 1 : element_scales ? size : c.rows;
   const int64_t smoothings_size = !c.smooth ? 1 : element_smoothing ? size : c.rows;

@@ -60,12 +60,29 @@ int64_t ulps_apart(Type type, const char* a, const char* b) {
   return static_cast<int64_t>(std::min<uint64_t>(distance, INT64_MAX));
 }
 
-// Counts the results that are too far, and keeps the index of the first.
-int64_t too_far(Comparison* comparison, Type type, const Array& result, int64_t* first) {
+template <class To>
+To cast(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+
+// Counts the results that are too far, and keeps the index of the first. Sums in float64 of a
+// narrower arithmetic are compared as float32.
+int64_t too_far(Comparison* comparison, Type type, Type arithmetic, const Array& result,
+                int64_t* first) {
   const std::vector<char> found = result.download();
   int64_t count = 0;
   for (size_t at = 0; at < found.size(); at += width(type)) {
-    const int64_t ulps = ulps_apart(type, result.host() + at, found.data() + at);
+    const char *expected = result.host() + at, *actual = found.data() + at;
+    float rounded[2];
+    if (type == Type::kF64 && arithmetic == Type::kF32) {
+      rounded[0] = static_cast<float>(cast<double>(expected));
+      rounded[1] = static_cast<float>(cast<double>(actual));
+      expected = reinterpret_cast<const char*>(&rounded[0]);
+      actual = reinterpret_cast<const char*>(&rounded[1]);
+    }
+    const int64_t ulps = ulps_apart(std::min(type, arithmetic), expected, actual);
     ++comparison->results;
     comparison->different += ulps > 0;
     if (ulps > comparison->allowed_ulps && count++ == 0) *first = at / width(type);
@@ -86,8 +103,10 @@ bool check(const Case& c, cudaStream_t stream) {
                           : width(call.loss_type) > 2 ? &wide
                                                       : &narrow;
   Comparison* of_gradients = !is_narrow ? &others : width(call.gradient_type) > 2 ? &wide : &narrow;
-  const int64_t count = too_far(of_losses, call.loss_type, call.loss, &first) +
-                        too_far(of_gradients, call.gradient_type, call.gradient, &first);
+  const Type arithmetic = call.arithmetic;
+  const int64_t count =
+      too_far(of_losses, call.loss_type, arithmetic, call.loss, &first) +
+      too_far(of_gradients, call.gradient_type, arithmetic, call.gradient, &first);
   if (count)
     std::printf(
         "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
@@ -120,13 +139,6 @@ bool same_anywhere(Case c, cudaStream_t stream) {
     std::printf("%s, %s, %lld columns, reduce %d: other bits at another address\n", name(c.logits),
                 name(c.labels), static_cast<long long>(c.columns), c.reduce);
   return same;
-}
-
-template <class To>
-To cast(const void* from) {
-  To to;
-  std::memcpy(&to, from, sizeof to);
-  return to;
 }
 
 double number(Type type, uint16_t half) {
