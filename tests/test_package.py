@@ -190,5 +190,7 @@ def test_readme_examples() -> None:
     """Every Python block of the README runs as it stands, one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
-    done = run("\n".join(blocks))
+    # What flax's import warns of, on an older JAX than it was made for, is not ours.
+    flax = "import warnings\nwith warnings.catch_warnings(action='ignore'):\n    import flax.nnx\n"
+    done = run(flax + "\n".join(blocks))
     assert done.returncode == 0, done.stderr
