@@ -171,6 +171,9 @@ def bce(
     ),
 )
 def _compiled(*operands: Array, **params: Any) -> list[Array]:
+    if not any(isinstance(operand, jax.core.Tracer) for operand in operands):
+        # jax_debug_nans runs what gave a NaN once more, without jit, to find the part that did.
+        raise FloatingPointError("invalid value (nan or inf) encountered in jax_bce")
     return bce_p.bind(*operands, **params)  # type: ignore[no-any-return]
 
 
