@@ -21,6 +21,8 @@ from oracle import FLOAT32, FLOAT64
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 SHAPE = (2, 3)
 # Each way gives the sum of the mean losses of two rows.
 FACTOR = 1 / SHAPE[1]

@@ -27,6 +27,8 @@ import hashlib, json, os, sys
 import jax, numpy as np
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 rng = np.random.default_rng(0)
 hashes = []
 for shape in ((300_007,), (300, 1001), (3, 100_003)):
@@ -219,20 +221,17 @@ def check_sum(check, implementation: str, name: str, size: int) -> None:
             check.reduced(implementation, loss, exact, f"sum, {name}")
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("name", ADVERSARIES)
 @pytest.mark.parametrize("size", [1, 2, 1000, 65_537])
 def test_sum(check, implementation: str, size: int, name: str) -> None:
     check_sum(check, implementation, name, size)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_sum_of_millions(check, platform: str, name: str) -> None:
     check_sum(check, platform, name, size=3_000_017)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("label", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
 def test_sum_of_soft_labels(check, implementation: str, dtype: np.dtype, label: float) -> None:

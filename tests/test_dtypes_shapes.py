@@ -16,6 +16,8 @@ from oracle import BFLOAT16, FLOAT16, FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 SHAPES = [(), (0,), (1,), (8,), (17,), (1, 1), (0, 3), (4, 0), (3, 5), (2, 3, 4, 5)]
 ALL_AXES = [
     ((3, 5), [None, 0, 1, -1, -2, (0, 1), (1, 0), [0, 1]]),

@@ -11,6 +11,8 @@ from oracle import BFLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 INF, NAN = np.inf, np.nan
 # logit, label, loss, gradient
 LIMITS = [
@@ -44,7 +46,6 @@ def name_of(case: tuple[float, ...]) -> str:
     return "x={:g},y={:g}".format(*case)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("case", LIMITS, ids=name_of)
 def test_limits(implementation: str, dtype: np.dtype, case: tuple[float, ...]) -> None:
     logit, label, *expected = case
@@ -75,7 +76,6 @@ def test_signed_zeros(check, implementation: str, dtype: np.dtype, label: float)
             np.testing.assert_array_equal(np.asarray(gradient, np.float64), 0.5 - label)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("case", LIMITS, ids=name_of)
 def test_one_limit_among_others(implementation: str, case: tuple[float, ...]) -> None:
     """An infinity or NaN leaves its neighbours alone."""
@@ -88,7 +88,6 @@ def test_one_limit_among_others(implementation: str, case: tuple[float, ...]) ->
         oracle.assert_same_bits(np.delete(actual, 33), np.delete(expected, 33))
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("residuals", ["gradient", "recompute"])
 @pytest.mark.parametrize(("position", "size"), [(0, 1), (3, 5), (700, 1003), (99_999, 100_000)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -16,6 +16,8 @@ from oracle import BFLOAT16, FLOAT16, FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 SIZE = 1003  # neither a power of two nor a multiple of a vector
 REDUCTIONS = ("sum", "mean")
 RESIDUALS = ("gradient", "recompute")

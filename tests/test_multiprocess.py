@@ -21,6 +21,8 @@ import platforms
 import pytest
 from oracle import FLOAT32
 
+pytestmark = pytest.mark.any_jax
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_multiprocess.py"
 STEPS = 20
 # Seconds that no run comes near: they turn a hang into a failure.

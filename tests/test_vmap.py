@@ -17,6 +17,8 @@ from oracle import BFLOAT16, FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 BATCH, COLUMNS = 5, 19
 FUNCTIONS = {
     "mean": lambda **keywords: partial(jax_bce.loss, **keywords),
