@@ -19,6 +19,8 @@ from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
 
+pytestmark = pytest.mark.any_jax
+
 # More than one block, so that several threads share the work.
 SIZE = 300_007
 # What runs in a process of its own: the bits of some results, and the size of XLA's thread pool.
@@ -26,8 +28,6 @@ PROGRAM = """
 import hashlib, json, os, sys
 import jax, numpy as np
 import jax_bce
-
-pytestmark = pytest.mark.any_jax
 
 rng = np.random.default_rng(0)
 hashes = []
