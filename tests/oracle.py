@@ -95,6 +95,8 @@ LABEL_BEYOND_1 = 2.0
 DERIVATIVE = {"float16": 2.0, "bfloat16": 2.0, "float32": 16.0, "float64": 16.0}
 # The decimal inputs and the expected values of cases.json are themselves rounded to float64.
 CASE = 2.0
+# Float32 arithmetic around the loss in another order or on other devices, relative to the largest.
+SURROUNDINGS = 1e-5
 
 
 def kind_of(labels: ArrayLike) -> str:

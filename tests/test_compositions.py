@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, reject, seed, settings
 from hypothesis import strategies as st
@@ -211,6 +212,7 @@ def test_any_three(cpu: str, part: int) -> None:
         assert actual.shape == expected.shape
         # In float32, terms that cancel leave the rounding of the largest.
         largest = max(1.0, float(np.max(abs(expected))))
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * largest)
+        relative = oracle.SURROUNDINGS
+        np.testing.assert_allclose(actual, expected, 10 * relative, atol=relative * largest)
 
     agree()

@@ -420,8 +420,9 @@ def test_a_spread_model(mesh: Mesh) -> None:
     compiled = jax.jit(step).lower(*spread).compile()
     value, gradient = compiled(*spread)
     expected = jax.jit(step)(*operands)
-    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-6)
+    for actual, wanted in zip((value, gradient), expected, strict=True):
+        largest = float(jnp.max(abs(wanted)))
+        np.testing.assert_allclose(actual, wanted, 0, atol=oracle.SURROUNDINGS * largest)
     sent = collectives(compiled)
     assert sorted({what.split()[0] for what in sent}) == ["all-reduce"]
     assert not any(re.search(r"\[16,64\]|\[64,16\]", what) for what in sent)
