@@ -11,7 +11,6 @@ decides by its figures.
 import functools
 import importlib.util
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
-from hlo import COLLECTIVE, FREE, bytes_of
+from hlo import COLLECTIVE, bytes_moved, collectives, passes_outside_loops
 from jax import value_and_grad, vmap
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -33,7 +32,6 @@ from jax_bce import _primitive
 
 PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)", re.M)
 
 
 def missing() -> str | None:
@@ -138,22 +136,12 @@ def compiled(name: str, *dtypes: str) -> Compiled:
     """Of one of the programs, for logits and labels of these dtypes."""
     program = PROGRAMS[name]
     result = compile_for(program, *dtypes)
-    text = result.as_text()
-    shapes: dict[str, str] = {}
-    kernels, collectives, moved = [], [], 0
-    for name, shape, opcode, operands, rest in INSTRUCTION.findall(text[text.index("ENTRY") :]):
-        shapes[name] = shape
-        if COLLECTIVE.match(opcode):
-            if not opcode.endswith("-start"):
-                collectives.append(f"{opcode.removesuffix('-done')} {shape.partition('{')[0]}")
-        elif opcode not in FREE:
-            target = re.search(r'custom_call_target="([^"]+)"', rest)
-            kernels.append(target[1] if target else opcode)
-            moved += bytes_of(shape)
-            moved += sum(bytes_of(shapes[name]) for name in re.findall(r"%([\w.-]+)", operands))
-    elements = math.prod(SHAPE) / mesh(program.gpus).size
+    kernels = [what for what in passes_outside_loops(result, 0) if not COLLECTIVE.match(what)]
     return Compiled(
-        kernels, moved / elements, result.memory_analysis().temp_size_in_bytes, collectives
+        kernels,
+        bytes_moved(result) / (math.prod(SHAPE) / mesh(program.gpus).size),
+        result.memory_analysis().temp_size_in_bytes,
+        collectives(result),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 
 from jax.stages import Compiled
 
@@ -18,19 +19,28 @@ def _largest(shapes: str) -> int:
     return max((math.prod(map(int, filter(None, d.split(",")))) for d in dimensions), default=0)
 
 
+def _instructions(text: str) -> Iterator[tuple[str, str, str, list[str], str]]:
+    """Of each its name, its results' shapes, its opcode, its operands' names, and the rest."""
+    for line in text.splitlines():
+        if match := INSTRUCTION.match(line):
+            name, shapes, opcode, rest = match.groups()
+            yield name, shapes, opcode, re.findall(r"%([\w.-]+)", rest.split(")")[0]), rest
+
+
 def _passes(text: str, size: int) -> list[str]:
     found, elements = [], {}
-    for line in text.splitlines():
-        if not (match := INSTRUCTION.match(line)):
-            continue
-        name, shapes, opcode, rest = match.groups()
+    for name, shapes, opcode, operands, rest in _instructions(text):
         elements[name] = _largest(shapes)
-        operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
         touched = max([elements[name], *(elements.get(operand, 0) for operand in operands)])
         if opcode not in FREE and touched >= size:
             target = re.search(r'custom_call_target="([^"]+)"', rest)
             found.append(target[1] if target else opcode)
     return found
+
+
+def _entry(compiled: Compiled) -> str:
+    text = compiled.as_text()
+    return text[text.index("ENTRY") :]
 
 
 def passes(compiled: Compiled, size: int) -> list[str]:
@@ -44,8 +54,7 @@ def passes(compiled: Compiled, size: int) -> list[str]:
 
 def passes_outside_loops(compiled: Compiled, size: int) -> list[str]:
     """The same, but a fusion is one, and so is a loop."""
-    text = compiled.as_text()
-    return _passes(text[text.index("ENTRY") :], size)
+    return _passes(_entry(compiled), size)
 
 
 def bytes_of(shapes: str) -> int:
@@ -57,16 +66,11 @@ def bytes_of(shapes: str) -> int:
 
 
 def bytes_moved(compiled: Compiled) -> int:
-    """What the instructions of the program, outside its loops, read and write."""
-    text = compiled.as_text()
+    """What the kernels of the program, outside its loops, read and write."""
     moved, shapes_of = 0, {}
-    for line in text[text.index("ENTRY") :].splitlines():
-        if not (match := INSTRUCTION.match(line)):
-            continue
-        name, shapes, opcode, rest = match.groups()
+    for name, shapes, opcode, operands, _ in _instructions(_entry(compiled)):
         shapes_of[name] = shapes
-        if opcode not in FREE:
-            operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
+        if opcode not in FREE and not COLLECTIVE.match(opcode):
             moved += bytes_of(shapes) + sum(bytes_of(shapes_of[operand]) for operand in operands)
     return moved
 
@@ -77,9 +81,8 @@ def kernel_calls(compiled: Compiled) -> list[str]:
 
 def collectives(compiled: Compiled) -> list[str]:
     """What devices send each other, with the shape that each of them receives."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        match = INSTRUCTION.match(line)
-        if match and COLLECTIVE.match(match[3]) and not match[3].endswith("-start"):
-            found.append(f"{match[3].removesuffix('-done')} {re.sub(r'{[^}]*}', '', match[2])}")
-    return found
+    return [
+        f"{opcode.removesuffix('-done')} {re.sub(r'{[^}]*}', '', shapes)}"
+        for _, shapes, opcode, _, _ in _instructions(compiled.as_text())
+        if COLLECTIVE.match(opcode) and not opcode.endswith("-start")
+    ]

@@ -42,8 +42,16 @@ def ffi_call(
     count: int,
 ) -> Any:
     """The results of the primitive by the target's kernel."""
-    emit = _in_blocks if _devices(context) > 1 else _as_it_stands
-    return emit(context, operands, target, workspace, kind != "grad", reduced_rank, count)
+    # A gradient alone needs no rows, and without them the kernel is faster.
+    summed = reduced_rank if kind != "grad" else 0
+    avals: Sequence[Any] = context.avals_in
+    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
+    if (devices := _devices(context)) > 1:
+        split = split_shape(shape, reduced_rank, devices)
+        return _in_blocks(context, operands, target, workspace, shape, split, summed > 0, count)
+    kept = len(shape) - summed
+    room = workspace(math.prod(shape[:kept]), math.prod(shape[kept:])) if summed else 0
+    return _emit(context, operands, target, (room,), summed, count)
 
 
 def _devices(context: mlir.LoweringRuleContext) -> int:
@@ -85,24 +93,6 @@ def _emit(
     return rule(context_of_call, *operands, **numbers)[: len(context.avals_out)]
 
 
-def _as_it_stands(
-    context: mlir.LoweringRuleContext,
-    operands: Sequence[Any],
-    target: str,
-    workspace: Workspace,
-    sums: bool,
-    reduced_rank: int,
-    count: int,
-) -> Any:
-    if not sums or not reduced_rank:  # nothing needs rows, and without them the kernel is faster
-        return _emit(context, operands, target, (0,), 0, count)
-    avals: Sequence[Any] = context.avals_in
-    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
-    split = len(shape) - reduced_rank
-    room = workspace(math.prod(shape[:split]), math.prod(shape[split:]))
-    return _emit(context, operands, target, (room,), reduced_rank, count)
-
-
 def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
     """The shape as leading dimensions and one block, of size 1 where nothing is summed.
 
@@ -141,16 +131,15 @@ def _in_blocks(
     operands: Sequence[Any],
     target: str,
     workspace: Workspace,
+    shape: tuple[int, ...],
+    split: tuple[int, ...],
     sums: bool,
-    reduced_rank: int,
     count: int,
 ) -> Any:
+    """The call with the operands seen as `split` in place of their shape; a block is its last."""
     avals_in: Sequence[Any] = context.avals_in
     avals_out: Sequence[Any] = context.avals_out
-    shape = jnp.broadcast_shapes(*(aval.shape for aval in avals_in))
-    split = split_shape(shape, reduced_rank, _devices(context))
     batch, block = split[:-1], split[-1]
-    sums = sums and reduced_rank > 0
 
     def of_elements(operand: Array) -> Array:
         return jnp.broadcast_to(operand, shape).reshape(split)

@@ -215,12 +215,12 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
     """
     shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
     like = next((operand for operand in operands if not operand.sharding.mesh.empty), None)
+    spec = _spread(operands, shape) if like is not None else []
 
     def result(rank: int, dtype: np.dtype) -> Any:
         if like is None:
             return jax.core.ShapedArray(shape[:rank], dtype)
-        spec = PartitionSpec(*_spread(operands, shape)[:rank])
-        sharding = NamedSharding(like.sharding.mesh, spec)
+        sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec[:rank]))
         return like.update(shape=shape[:rank], dtype=dtype, weak_type=False, sharding=sharding)
 
     loss = result(len(shape) - reduced_rank, params["loss_dtype"])
