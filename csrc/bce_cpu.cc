@@ -286,6 +286,40 @@ void store(const Result& result, int64_t offset, int size, const Scalar* from) {
   });
 }
 
+// Elements [element, element + size) of a modifier in the type To: in place if they lie there in
+// one piece and fill a tile, else in the buffer. `constant`: whether they are one number.
+template <class To>
+const To* load(const Modifier& modifier, int64_t element, int size, To* buffer, bool* constant) {
+  const int last = modifier.rank - 1;
+  const int64_t inner = modifier.shape[last], stride = modifier.strides[last];
+  int64_t outer = element / inner, position = element - outer * inner;
+  const bool whole = position + size <= inner;
+  *constant = whole && stride == 0;
+  return dispatch(modifier.type, [&](auto* type) -> const To* {
+    using Stored = std::remove_pointer_t<decltype(type)>;
+    const Stored* data = static_cast<const Stored*>(modifier.data);
+    if constexpr (std::is_same_v<Stored, To>) {
+      if (whole && stride == 1 && size == kTile) return data + modifier.offset(element);
+    }
+    for (int done = 0; done < size; ++outer, position = 0) {
+      const int64_t rest = inner - position;
+      const int run = rest < size - done ? static_cast<int>(rest) : size - done;
+      const Stored* from = data + position * stride;
+      from += last > 1   ? modifier.offset(outer * inner)
+              : last > 0 ? outer * modifier.strides[0]
+                         : 0;
+      if (stride == 1) {
+        widen(from, run, buffer + done);
+      } else {
+        const To value = convert<To>(*from);
+        for (int i = 0; i < run; ++i) buffer[done + i] = value;
+      }
+      done += run;
+    }
+    return buffer;
+  });
+}
+
 // Some elements of a row on their way through the two steps of the formula.
 template <class Scalar>
 struct Tile {
@@ -294,6 +328,8 @@ struct Tile {
   Scalar *loss, *gradient;
   bool smoothed;
   alignas(64) Scalar factors[kTile], smoothing[kTile];
+  const Scalar* pos_weight;  // this and the next are of a modified problem
+  alignas(64) Scalar weight[kTile], weight_low[kTile];
   alignas(64) Scalar loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
 };
 
@@ -366,16 +402,22 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
 }
 
 // The second step: the loss, the gradient, or both.
-template <bool kCommon, bool kReduce, bool kLoss, bool kGradient, class Scalar>
+template <bool kCommon, bool kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
 BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type) {
   using V = Vector<Scalar>;
   const Scalar *logits = tile.logits, *labels = tile.labels;
   Scalar *loss = tile.loss, *gradient = tile.gradient;
   for_each_vector<V>(tile.size, [&](int i) {
     const auto logit = V::load(logits + i), label = V::load(labels + i);
-    const auto factor = V::load(tile.factors + i);
+    auto factor = V::load(tile.factors + i);
     typename V::Float smoothing = {};
     if constexpr (!kCommon) smoothing = V::load(tile.smoothing + i);
+    Weight<typename V::Float> weight = {};
+    if constexpr (kModified) {
+      weight = weight_of<V>({V::load(tile.weight + i), V::load(tile.weight_low + i)},
+                            V::load(tile.pos_weight + i), label, smoothing);
+      factor = factor * weight.weight.high;
+    }
     const Exponential<V> exponential = {V::load(tile.e + i), V::load(tile.e_low + i),
                                         V::load(tile.e_scale + i)};
     const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type) {
@@ -383,11 +425,16 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       // For bfloat16, with fewer digits than half of float32's, this would change nothing for
       // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
       if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
-      V::store(to + i, value.high * factor);
+      if constexpr (kModified && !kCommon)
+        V::store(to + i, weighted<V>({value.high, V::set(0)}, {factor, V::set(0)}).high);
+      else
+        V::store(to + i, value.high * factor);
     };
     if constexpr (kLoss) {
-      const auto value = loss_of<V, kCommon>(logit, label, smoothing, exponential);
+      auto value =
+          loss_of<V, kCommon, kModified>(logit, label, smoothing, exponential, weight.pos_weight);
       if constexpr (kReduce) {
+        if constexpr (kModified) value = weighted<V>(value, weight.weight);
         V::store(loss + i, value.high);
         V::store(tile.loss_low + i, value.low);
       } else {
@@ -395,7 +442,10 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       }
     }
     if constexpr (kGradient)
-      write(gradient, gradient_of<V, kCommon>(logit, label, smoothing, exponential), gradient_type);
+      write(gradient,
+            gradient_of<V, kCommon, kModified>(logit, label, smoothing, exponential,
+                                               weight.pos_weight),
+            gradient_type);
   });
 }
 
@@ -411,8 +461,16 @@ class Evaluation {
         scale_stream_(problem.scale, problem.rank, start_.scale, begin),
         smoothing_stream_(problem.smoothing, problem.rank, start_.smoothing, begin),
         result_start_(row * problem.columns() + begin),
-        factors_vary_(scale_stream_.stride || smoothing_stream_.stride) {
+        factors_vary_(scale_stream_.stride || smoothing_stream_.stride),
+        modified_(problem.modified || scale_stream_.stride) {
     if (!factors_vary_) load_factors(0, kTile);
+    if (modified_) {
+      for (int i = 0; i < kTile; ++i) {
+        tile_.weight[i] = pos_weight_[i] = 1;
+        tile_.weight_low[i] = 0;
+      }
+      tile_.pos_weight = pos_weight_;
+    }
   }
 
   // Elements [done, done + filled), at most a tile. Its losses, if they are to be added up, are in
@@ -425,12 +483,13 @@ class Evaluation {
     const int64_t offset = result_start_ + done;
     tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
     tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
-    const Type loss_type = problem_.loss.type, gradient_type = problem_.gradient.type;
-    if (exponentials<true>(tile_)) {
-      elements<true, kReduce, kLoss, kGradient>(tile_, loss_type, gradient_type);
+    if (dropped_ || (modified_ && !modify(done, filled))) {
+      drop();
+    } else if (exponentials<true>(tile_)) {
+      modified_ ? compute<true, true>() : compute<true, false>();
     } else {
       exponentials<false>(tile_);
-      elements<false, kReduce, kLoss, kGradient>(tile_, loss_type, gradient_type);
+      modified_ ? compute<false, true>() : compute<false, false>();
     }
     if constexpr (kReduce)
       for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
@@ -449,15 +508,113 @@ class Evaluation {
       std::memcpy(tile_.smoothing, smoothing, sizeof(Scalar) * kTile);
     // Unknown, or not zero: a smoothed label is not a hard one.
     tile_.smoothed = smoothing_stream_.stride || smoothing[0] != 0;
+    dropped_ = !scale_stream_.stride && tile_.factors[0] == 0;
+  }
+
+  template <bool kCommon, bool kModified>
+  BCE_INLINE void compute() {
+    elements<kCommon, kModified, kReduce, kLoss, kGradient>(tile_, problem_.loss.type,
+                                                            problem_.gradient.type);
+  }
+
+  // What elements that do not exist give.
+  void drop() {
+    for (int i = 0; i < tile_.size; ++i) {
+      if constexpr (kLoss) tile_.loss[i] = tile_.loss_low[i] = 0;
+      if constexpr (kGradient) tile_.gradient[i] = 0;
+    }
+  }
+
+  // Loads the modifiers of a tile, and puts a harmless element in the place of one that does not
+  // exist. Returns whether there is any that does.
+  bool modify(int64_t done, int filled) {
+    const int64_t element = result_start_ + done;
+    const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
+    alignas(64) Scalar keep[kTile], buffer[kTile];
+    bool masked = false, constant;
+    if (given(kWhere)) {
+      load(problem_.modifiers[kWhere], element, filled, keep, &constant);
+      if (constant && keep[0] == 0) return false;
+      masked = !constant;
+    }
+    if (given(kIgnoreLabel)) {
+      if (!masked)
+        for (int i = 0; i < filled; ++i) keep[i] = 1;
+      ignore(done, filled, keep);
+      masked = true;
+    }
+    if (scale_stream_.stride) {
+      for (int i = 0; i < filled; ++i) keep[i] = tile_.factors[i] != 0 && (!masked || keep[i] != 0);
+      masked = true;
+    }
+    if (given(kWeight) || given(kSampleWeight)) {
+      const ModifierName first = given(kWeight) ? kWeight : kSampleWeight;
+      const Scalar* weight = load(problem_.modifiers[first], element, filled, buffer, &constant);
+      std::memcpy(tile_.weight, weight, filled * sizeof(Scalar));
+      if (given(kWeight) && given(kSampleWeight)) {
+        const Scalar* other =
+            load(problem_.modifiers[kSampleWeight], element, filled, buffer, &constant);
+        for (int i = 0; i < filled; ++i) {
+          const Scalar product = tile_.weight[i] * other[i];
+          tile_.weight_low[i] = std::fma(tile_.weight[i], other[i], -product);
+          tile_.weight[i] = product;
+        }
+      }
+    } else {
+      for (int i = 0; i < filled; ++i) tile_.weight[i] = 1;
+    }
+    if (given(kPosWeight))
+      tile_.pos_weight =
+          load(problem_.modifiers[kPosWeight], element, filled, pos_weight_, &constant);
+    if (!masked) return true;
+
+    bool any = false;
+    for (int i = 0; i < filled; ++i) any |= keep[i] != 0;
+    if (!any) return false;
+    for (int i = 0; i < filled; ++i) {
+      const bool kept = keep[i] != 0;
+      logits_[i] = kept ? tile_.logits[i] : 0;
+      labels_[i] = kept ? tile_.labels[i] : 0;
+      tile_.weight[i] = kept ? tile_.weight[i] : 0;
+      tile_.weight_low[i] = kept ? tile_.weight_low[i] : 0;
+      pos_weight_[i] = kept ? tile_.pos_weight[i] : 1;
+    }
+    tile_.pos_weight = pos_weight_;
+    for (int i = filled; i < tile_.size; ++i) logits_[i] = labels_[i] = 0;
+    tile_.logits = logits_;
+    tile_.labels = labels_;
+    return true;
+  }
+
+  // Takes away the elements whose label, as stored, is to be ignored.
+  void ignore(int64_t done, int filled, Scalar* keep) {
+    const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
+    dispatch(problem_.labels.type, [&](auto* type) {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      const Stored* labels = static_cast<const Stored*>(problem_.labels.data) +
+                             labels_stream_.start + done * labels_stream_.stride;
+      const Stored* ignored = static_cast<const Stored*>(modifier.data);
+      const int64_t element = result_start_ + done;
+      for (int i = 0; i < filled; ++i) {
+        const Stored label = labels[labels_stream_.stride ? i : 0];
+        const Stored other = ignored[modifier.offset(element + i)];
+        if constexpr (std::is_class_v<Stored>)
+          keep[i] = convert<float>(label) == convert<float>(other) ? 0 : keep[i];
+        else
+          keep[i] = label == other ? 0 : keep[i];
+      }
+    });
   }
 
   const Problem& problem_;
   const RowStart start_;
   const Stream<Scalar> logits_stream_, labels_stream_, scale_stream_, smoothing_stream_;
   const int64_t result_start_;
-  const bool factors_vary_;
+  const bool factors_vary_, modified_;
+  bool dropped_ = false;  // by a scale of 0
   Tile<Scalar> tile_;
   alignas(64) Scalar logits_[kTile], labels_[kTile], loss_[kTile], gradient_[kTile];
+  alignas(64) Scalar pos_weight_[kTile];
 };
 
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>

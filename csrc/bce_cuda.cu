@@ -114,6 +114,26 @@ __device__ Scalar label_of(Type type, uint64_t bits) {
                                                 : static_cast<Scalar>(static_cast<int64_t>(bits)));
 }
 
+// Number i of an array of any type.
+template <class Scalar>
+__device__ Scalar number_at(const void* data, Type type, int64_t i) {
+  switch (type) {
+    case Type::kBool:
+    case Type::kI8:
+    case Type::kU8:
+      return label_of<Scalar>(type, static_cast<const uint8_t*>(data)[i]);
+    case Type::kF16:
+    case Type::kBF16:
+    case Type::kI16:
+      return label_of<Scalar>(type, static_cast<const uint16_t*>(data)[i]);
+    case Type::kF32:
+    case Type::kI32:
+      return label_of<Scalar>(type, static_cast<const uint32_t*>(data)[i]);
+    default:
+      return label_of<Scalar>(type, static_cast<const uint64_t*>(data)[i]);
+  }
+}
+
 template <class Stored>
 constexpr Type kTypeOf = std::is_same_v<Stored, __half>          ? Type::kF16
                          : std::is_same_v<Stored, __nv_bfloat16> ? Type::kBF16
@@ -253,13 +273,13 @@ __device__ bool signs_of(const Quad<Bits>& labels, Bits one, uint32_t* signs) {
   return hard;
 }
 
-// A result times its factor, ready to be rounded to its type.
+// A result that is ready, but for its factor, to be rounded to its type.
 template <class Scalar>
-__device__ Scalar scaled(Pair<Scalar> value, Scalar factor, Type type) {
+__device__ Scalar rounded_once(Pair<Scalar> value, Type type) {
   value = fast_two_sum(value.high, value.low);
   // As in bce_cpu.cc, bfloat16 does not need it.
   if (type == Type::kF16) value.high = round_to_odd<Lane<Scalar>>(value.high, value.low);
-  return value.high * factor;
+  return value.high;
 }
 
 template <class Scalar>
@@ -327,6 +347,15 @@ class Share {
 
   // Returns the sum of the elements if problem.reduce.
   __device__ double evaluate() {
+    if (is_broadcast(problem_.scale) && factor_ == 0) {
+      const Scalar zeros[kQuad] = {};
+#pragma unroll 1
+      for (; left_ > 0; advance(32)) {
+        if (with_loss() && !problem_.reduce) store(problem_.loss, result_, left_, zeros);
+        if (with_gradient()) store(problem_.gradient, result_, left_, zeros);
+      }
+      return 0;
+    }
     if (is_plain()) evaluate_plain();
 #pragma unroll 1
     for (; left_ > 0; advance(32)) evaluate_quad();
@@ -370,8 +399,9 @@ class Share {
     const auto fits = [](const Result& result) {
       return !result.data || result.type == kTypeOf<Logit>;
     };
-    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing) &&
-                 fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
+    bool usual = !problem_.modified && is_broadcast(problem_.scale) &&
+                 is_broadcast(problem_.smoothing) && fits(problem_.gradient) &&
+                 (problem_.reduce || fits(problem_.loss));
     if constexpr (kNarrow) {
       const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_));
       usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
@@ -463,10 +493,10 @@ class Share {
       factors[c] = factor_;
       turned[c] = L::from_bits(L::to_bits(factor_) ^ signs.bits[c]);
     }
-    evaluate_wide<true, kQuad>(0, z, zeros, zeros, factors, turned,
-                               [&](const Result& to, const Scalar* values) {
-                                 store_plain(to, result, Quad<Logit>::rounded(values));
-                               });
+    evaluate_wide<true, false, kQuad>(0, z, zeros, zeros, factors, turned,
+                                      [&](const Result& to, const Scalar* values) {
+                                        store_plain(to, result, Quad<Logit>::rounded(values));
+                                      });
   }
 
   __device__ static bool is_common(Scalar x) {
@@ -532,27 +562,70 @@ class Share {
       if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
       if (c < left_ && !is_broadcast(problem_.scale)) factor[c] = factor_at(column + c);
     }
-    if constexpr (kNarrow) {
+    const bool modified = problem_.modified || !is_broadcast(problem_.scale);
+    if (kNarrow || modified) {
       Scalar loss[kQuad] = {}, gradient[kQuad] = {};
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         const auto keep = [&](const Result& result, const Scalar* value) {
           (&result == &problem_.loss ? loss : gradient)[c] = *value;
         };
+        if (modified) {
+          if (c < left_)
+            evaluate_modified(c, labels.get(c), x[c], y[c], smoothing[c], factor[c], keep);
+          continue;
+        }
         // By its own value, so that an element has the same bits beside any other.
-        if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
-          evaluate_soft(c, x[c], y[c], keep);
-        else
-          evaluate_wide<false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c, keep);
+        if constexpr (kNarrow) {
+          if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1) {
+            evaluate_soft(c, x[c], y[c], keep);
+            continue;
+          }
+        }
+        evaluate_wide<false, false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c,
+                                       keep);
       }
       if (with_loss() && !problem_.reduce) store(problem_.loss, result_, left_, loss);
       if (with_gradient()) store(problem_.gradient, result_, left_, gradient);
     } else {
-      evaluate_wide<false, kQuad>(0, x, y, smoothing, factor, factor,
-                                  [&](const Result& result, const Scalar* values) {
-                                    store(result, result_, left_, values);
-                                  });
+      evaluate_wide<false, false, kQuad>(0, x, y, smoothing, factor, factor,
+                                         [&](const Result& result, const Scalar* values) {
+                                           store(result, result_, left_, values);
+                                         });
     }
+  }
+
+  // One element with its modifiers, or, in the place of one that does not exist, a harmless one.
+  template <class Keep>
+  __device__ void evaluate_modified(int c, Label stored, Scalar x, Scalar y, Scalar smoothing,
+                                    Scalar factor, const Keep& keep) {
+    const int64_t element = result_ + c;
+    const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
+    const auto number = [&](ModifierName name) {
+      const Modifier& modifier = problem_.modifiers[name];
+      return given(name) ? number_at<Scalar>(modifier.data, modifier.type, modifier.offset(element))
+                         : Scalar(1);
+    };
+    bool exists = (is_broadcast(problem_.scale) || factor != 0) && number(kWhere) != 0;
+    if (given(kIgnoreLabel)) {
+      const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
+      const Label ignored = static_cast<const Label*>(modifier.data)[modifier.offset(element)];
+      const Type type = problem_.labels.type;
+      exists = exists && (type <= Type::kF64
+                              ? label_of<double>(type, stored) != label_of<double>(type, ignored)
+                              : stored != ignored);
+    }
+    Pair<Scalar> weight = {0, 0};
+    Scalar pos_weight = 1;
+    if (exists) {
+      weight = product_of<L>({number(kWeight), 0}, {number(kSampleWeight), 0});
+      pos_weight = number(kPosWeight);
+    } else {
+      x = y = 0;
+    }
+    const Weight<Scalar> own = weight_of<L>(weight, pos_weight, y, smoothing);
+    factor *= own.weight.high;
+    evaluate_wide<false, true, 1>(c, &x, &y, &smoothing, &factor, &factor, keep, own);
   }
 
   // Of a label of 0 or 1, the bits of evaluate_narrow.
@@ -578,10 +651,14 @@ class Share {
 
   // Elements of the lanes from `lane` on. A gradient's factor is that of its loss, or, where a
   // label turned the logit, minus that.
-  template <bool kCommon, int kCount, class Keep>
+  template <bool kCommon, bool kModified, int kCount, class Keep>
   __device__ void evaluate_wide(int lane, const Scalar* x, const Scalar* y, const Scalar* smoothing,
                                 const Scalar* factor, const Scalar* gradient_factor,
-                                const Keep& keep) {
+                                const Keep& keep, Weight<Scalar> weight = {}) {
+    const auto times_factor = [](Scalar value, Scalar factor) {
+      if constexpr (kModified) return weighted<L>({value, 0}, {factor, 0}).high;
+      return value * factor;
+    };
     Exponential<L> exponential[kCount];
     Scalar values[kCount];
     BCE_UNROLL
@@ -590,25 +667,31 @@ class Share {
       Pair<Scalar> pairs[kCount];
       BCE_UNROLL
       for (int c = 0; c < kCount; ++c)
-        pairs[c] = loss_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]);
+        pairs[c] = loss_of<L, kCommon, kModified>(x[c], y[c], smoothing[c], exponential[c],
+                                                  weight.pos_weight);
       if (problem_.reduce) {
         BCE_UNROLL
         for (int c = 0; c < kCount; ++c) {
+          if constexpr (kModified) pairs[c] = weighted<L>(pairs[c], weight.weight);
           high_[lane + c] += pairs[c].high;
           low_[lane + c] += pairs[c].low;
         }
       } else {
         BCE_UNROLL
         for (int c = 0; c < kCount; ++c)
-          values[c] = scaled(pairs[c], factor[c], kCommon ? kTypeOf<Logit> : problem_.loss.type);
+          values[c] = times_factor(
+              rounded_once(pairs[c], kCommon ? kTypeOf<Logit> : problem_.loss.type), factor[c]);
         keep(problem_.loss, values);
       }
     }
     if (with_gradient()) {
       BCE_UNROLL
       for (int c = 0; c < kCount; ++c)
-        values[c] = scaled(gradient_of<L, kCommon>(x[c], y[c], smoothing[c], exponential[c]),
-                           gradient_factor[c], kCommon ? kTypeOf<Logit> : problem_.gradient.type);
+        values[c] = times_factor(
+            rounded_once(gradient_of<L, kCommon, kModified>(x[c], y[c], smoothing[c],
+                                                            exponential[c], weight.pos_weight),
+                         kCommon ? kTypeOf<Logit> : problem_.gradient.type),
+            gradient_factor[c]);
       keep(problem_.gradient, values);
     }
   }

@@ -7,6 +7,9 @@
 // comes from e = exp(-|x|) alone, without cancellation:
 //     loss     = log1p(e) + c |x|
 //     gradient = sign(x) (c - e / (1 + e)),    c = x >= 0 ? 1 - y : y.
+// A weight q of the positive class takes q y in the place of y, but not in 1 - y:
+//     loss     = t log1p(e) + c |x|
+//     gradient = sign(x) (c - t e / (1 + e)),  c = x >= 0 ? 1 - y : q y,  t = 1 - y + q y.
 //
 // The accuracy contract (tests/oracle.py holds the same numbers):
 //     float32, labels 0 and 1   <= 1 ulp for loss and gradient, on every one of the 2^32 logits
@@ -226,6 +229,26 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   return {e, Lanes::fma(f.s, f.power, f.power - e), f.scale};
 }
 
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> product_of(Pair<typename Lanes::Float> a,
+                                                  Pair<typename Lanes::Float> b) {
+  const auto product = a.high * b.high;
+  const auto low = Lanes::fma(a.high, b.high, -product);
+  return {product, low + Lanes::fma(a.high, b.low, a.low * b.high)};
+}
+
+// c + step (1/2 - y), where step is +-s: y or 1 - y, smoothed.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> smoothed(Pair<typename Lanes::Float> c,
+                                                typename Lanes::Float step,
+                                                Pair<typename Lanes::Float> to_half) {
+  using Float = typename Lanes::Float;
+  const Float change = step * to_half.high;
+  const Float change_low = Lanes::fma(step, to_half.low, Lanes::fma(step, to_half.high, -change));
+  const Pair<Float> sum = two_sum(c.high, change);
+  return {sum.high, sum.low + (c.low + change_low)};
+}
+
 // c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is rounded before the other is
 // formed. A logit of -0 counts as negative, for the sign of its gradient.
 template <class Lanes, bool kCommon>
@@ -239,21 +262,45 @@ BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logi
   const Float c = Lanes::select(negative, label, complement.high);
   if constexpr (kCommon) return {c, zero};
 
-  // y (1 - s) + s / 2 = y + s (1/2 - y), and 1 - y likewise with the sign turned.
-  const Pair<Float> to_half = two_sum(Lanes::set(0.5), -label);
-  const Float step = Lanes::select(negative, smoothing, -smoothing);
-  const Float change = step * to_half.high;
-  const Float change_low = Lanes::fma(step, to_half.low, Lanes::fma(step, to_half.high, -change));
-  const Pair<Float> sum = two_sum(c, change);
   const Float c_low = Lanes::select(negative, zero, complement.low);
-  return {sum.high, sum.low + (c_low + change_low)};
+  const Float step = Lanes::select(negative, smoothing, -smoothing);
+  return smoothed<Lanes>({c, c_low}, step, two_sum(Lanes::set(0.5), -label));
 }
 
-template <class Lanes, bool kCommon = false>
+// The same with q, and t.
+template <class Float>
+struct Coefficients {
+  Pair<Float> c, t;
+};
+
+template <class Lanes>
+BCE_INLINE Coefficients<typename Lanes::Float> coefficients_of(typename Lanes::Float logit,
+                                                               typename Lanes::Float label,
+                                                               typename Lanes::Float smoothing,
+                                                               typename Lanes::Float pos_weight) {
+  using Float = typename Lanes::Float;
+  const Float zero = Lanes::set(0), one = Lanes::set(1);
+  const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(zero);
+  const Pair<Float> to_half = two_sum(Lanes::set(0.5), -label);
+  const Pair<Float> n = smoothed<Lanes>(fast_two_sum(one, -label), -smoothing, to_half);
+  const Pair<Float> y = smoothed<Lanes>({label, zero}, smoothing, to_half);
+  const Pair<Float> p = product_of<Lanes>(y, {pos_weight, zero});
+  const Pair<Float> sum = two_sum(n.high, p.high);
+  // Of q = 1, exactly what there is without q.
+  const auto plain = pos_weight == one;
+  return {
+      {Lanes::select(negative, p.high, n.high), Lanes::select(negative, p.low, n.low)},
+      {Lanes::select(plain, one, sum.high), Lanes::select(plain, zero, sum.low + (n.low + p.low))}};
+}
+
+// kPositive: with a pos_weight, q. Whoever promises kCommon takes q into the element's weight, as
+// `weight_of` does.
+template <class Lanes, bool kCommon = false, bool kPositive = false>
 BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
                                                typename Lanes::Float label,
                                                typename Lanes::Float smoothing,
-                                               Exponential<Lanes> exponential) {
+                                               Exponential<Lanes> exponential,
+                                               typename Lanes::Float pos_weight = {}) {
   using Float = typename Lanes::Float;
   using F = Format<typename Lanes::Scalar>;
   const Float zero = Lanes::set(0), one = Lanes::set(1);
@@ -267,30 +314,38 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
   const Float log1p_low = Lanes::fma(log1p * (w * w), tail,
                                      w_complement * Lanes::fma(e_low, w_complement, w_remainder));
 
-  const Pair<Float> c = coefficient_of<Lanes, kCommon>(logit, label, smoothing);
   const Float a = magnitude_of<Lanes>(logit);
   if constexpr (kCommon) {
-    const Float linear = a * c.high;
+    const Float linear = a * coefficient_of<Lanes, true>(logit, label, smoothing).high;
     const Pair<Float> sum = fast_two_sum(Lanes::max(linear, log1p), Lanes::min(linear, log1p));
     return {sum.high, sum.low + log1p_low};
   } else {
+    Pair<Float> c, logarithm = {log1p, log1p_low};
+    if constexpr (kPositive) {
+      const auto both = coefficients_of<Lanes>(logit, label, smoothing, pos_weight);
+      c = both.c;
+      logarithm = product_of<Lanes>(logarithm, both.t);
+    } else {
+      c = coefficient_of<Lanes, false>(logit, label, smoothing);
+    }
     // A coefficient 0 wins over an infinite logit.
     const Float bounded = Lanes::select(c.high == zero, zero, a);
     const Float linear = bounded * c.high;
     const Float linear_low = Lanes::fma(bounded, c.low, Lanes::fma(bounded, c.high, -linear));
-    const Pair<Float> sum = two_sum(linear, log1p * scale);
-    const Float low = sum.low + Lanes::fma(log1p_low, scale, linear_low);
+    const Pair<Float> sum = two_sum(linear, logarithm.high * scale);
+    const Float low = sum.low + Lanes::fma(logarithm.low, scale, linear_low);
     // What the sum lost of an infinite loss is not a number.
     const auto finite = magnitude_of<Lanes>(sum.high) < Lanes::set(F::kInfinity);
     return {sum.high, Lanes::select(finite, low, zero)};
   }
 }
 
-template <class Lanes, bool kCommon = false>
+template <class Lanes, bool kCommon = false, bool kPositive = false>
 BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
                                                    typename Lanes::Float label,
                                                    typename Lanes::Float smoothing,
-                                                   Exponential<Lanes> exponential) {
+                                                   Exponential<Lanes> exponential,
+                                                   typename Lanes::Float pos_weight = {}) {
   using Float = typename Lanes::Float;
   const Float one = Lanes::set(1);
   const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
@@ -302,18 +357,62 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
   const Float q_remainder = Lanes::fma(-q, e, e - q);
   const Float q_low = q_complement * Lanes::fma(e_low, q_complement, q_remainder);
 
-  const Pair<Float> c = coefficient_of<Lanes, kCommon>(logit, label, smoothing);
   Pair<Float> difference;
   if constexpr (kCommon) {
-    difference = fast_two_sum(c.high, -q);
+    difference = fast_two_sum(coefficient_of<Lanes, true>(logit, label, smoothing).high, -q);
     difference.low = difference.low - q_low;
   } else {
-    difference = two_sum(c.high, -(q * scale));
-    difference.low = difference.low + Lanes::fma(-q_low, scale, c.low);
+    Pair<Float> c, sigmoid = {q, q_low};
+    if constexpr (kPositive) {
+      const auto both = coefficients_of<Lanes>(logit, label, smoothing, pos_weight);
+      c = both.c;
+      sigmoid = product_of<Lanes>(sigmoid, both.t);
+    } else {
+      c = coefficient_of<Lanes, false>(logit, label, smoothing);
+    }
+    difference = two_sum(c.high, -(sigmoid.high * scale));
+    difference.low = difference.low + Lanes::fma(-sigmoid.low, scale, c.low);
   }
   const auto sign = sign_of<Lanes>(logit);
   return {Lanes::from_bits(Lanes::to_bits(difference.high) ^ sign),
           Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
+}
+
+// An element's weight, and the q that is left for its formulas. Of labels 0 and 1, q is a factor:
+// taken into the weight, it leaves them the arithmetic, and the accuracy, that they have without.
+template <class Float>
+struct Weight {
+  Pair<Float> weight;
+  Float pos_weight;
+};
+
+template <class Lanes>
+BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> weight,
+                                                   typename Lanes::Float pos_weight,
+                                                   typename Lanes::Float label,
+                                                   typename Lanes::Float smoothing) {
+  using Float = typename Lanes::Float;
+  const Float zero = Lanes::set(0), one = Lanes::set(1);
+  const Pair<Float> product = product_of<Lanes>(weight, {pos_weight, zero});
+  const Float exact = Lanes::select(smoothing == zero, label, Lanes::set(0.5));
+  const Float high = Lanes::select(exact == one, product.high, weight.high);
+  const Float low = Lanes::select(exact == one, product.low, weight.low);
+  const Float rest = Lanes::select(exact == zero, one, pos_weight);
+  return {{high, low}, Lanes::select(exact == one, one, rest)};
+}
+
+// An element's loss times its weight; a weight of 0 wins over an infinite loss.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
+                                                Pair<typename Lanes::Float> weight) {
+  using Float = typename Lanes::Float;
+  using F = Format<typename Lanes::Scalar>;
+  const Float zero = Lanes::set(0), infinity = Lanes::set(F::kInfinity);
+  const Float dropped = Lanes::select(weight.high == zero, zero, value.high);
+  value.high = Lanes::select(magnitude_of<Lanes>(value.high) == infinity, dropped, value.high);
+  const Pair<Float> product = product_of<Lanes>(value, weight);
+  const auto finite = magnitude_of<Lanes>(product.high) < infinity;
+  return {product.high, Lanes::select(finite, product.low, zero)};
 }
 
 // The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a

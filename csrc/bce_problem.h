@@ -33,6 +33,27 @@ struct Operand {
   int64_t strides[kMaxRank];
 };
 
+// An operand of its own shape, which is broadcast to the results': element i of a result, in the
+// order they are stored in, has it at offset(i). The last dimension's stride is 0 or 1.
+struct Modifier {
+  const void* data = nullptr;  // null: there is none
+  Type type = Type::kF32;
+  int rank = 0;
+  int64_t shape[kMaxRank] = {}, strides[kMaxRank] = {};
+
+  BCE_INLINE int64_t offset(int64_t element) const {
+    int64_t offset = 0;
+    for (int d = rank - 1; d > 0; --d) {
+      offset += element % shape[d] * strides[d];
+      element /= shape[d];
+    }
+    return offset + element * strides[0];
+  }
+};
+
+// In the order in which they follow the other operands; each is a bit of the attribute "modifiers".
+enum ModifierName { kWeight, kSampleWeight, kPosWeight, kWhere, kIgnoreLabel, kModifiers };
+
 struct Result {
   void* data = nullptr;  // null: not asked for
   Type type = Type::kF32;
@@ -47,11 +68,16 @@ struct RowStart {
 // The dimensions are as few as the operands' strides allow. The last one holds a row: contiguous
 // or broadcast in every operand, and summed into one loss if `reduce`.
 // scale and smoothing have the arithmetic's type: float64 for float64 logits, float32 otherwise.
-// smoothing draws a label to 1/2.
+// smoothing draws a label to 1/2. Where scale is 0, so are the results, whatever the element is.
+// weight and sample_weight multiply an element's results, pos_weight its label in the formulas'
+// y term. An element does not exist, and its results are 0, where `where` is false or its label, as
+// stored, is ignore_label, which has the labels' type.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
   Operand logits, labels, scale, smoothing;
+  Modifier modifiers[kModifiers];
+  bool modified;  // there is one
   Result loss, gradient;
   bool reduce;
   double inverse_count;

@@ -6,6 +6,7 @@
 //     jax_bce_v1_loss            (logits, labels, scale, smoothing) -> loss
 //     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
+// More operands may follow, those of bce_problem.h's ModifierName that "modifiers" has bits for.
 // On "CUDA", a fourth result may follow where a row has several blocks: room for their sums.
 // The operands have one rank and are broadcast against each other (dimensions of size 1), and a
 // scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bce_problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -34,7 +36,9 @@ auto Signature() {
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
       .RemainingRets()
+      .template Attr<int64_t>("modifiers")
       .template Attr<int64_t>("reduced_rank")
       .template Attr<int64_t>("count");
 }
@@ -59,13 +63,47 @@ inline ffi::Error invalid(const std::string& what) {
 
 constexpr int kOperands = 4;
 
+// The dimensions of a modifier, as few as its strides allow, against those of the results.
+inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64_t* shape,
+                         Modifier* modifier) {
+  const auto own = buffer.dimensions();
+  const int64_t own_rank = own.size();
+  if (own_rank != rank && own_rank != 0) return false;
+  int64_t sizes[kMaxRank] = {1}, strides[kMaxRank] = {}, next_stride = 1;
+  int merged = 0;
+  for (int64_t d = rank - 1; d >= 0; --d) {
+    const int64_t size = own_rank == 0 ? 1 : own[d];
+    if (size != 1 && size != shape[d]) return false;
+    const int64_t stride = size == 1 ? 0 : next_stride;
+    next_stride *= size;
+    if (shape[d] == 1) continue;
+    if (merged > 0 && stride == strides[merged - 1] * sizes[merged - 1]) {
+      sizes[merged - 1] *= shape[d];
+    } else if (merged < kMaxRank) {
+      sizes[merged] = shape[d];
+      strides[merged++] = stride;
+    } else {
+      return false;
+    }
+  }
+  modifier->data = buffer.untyped_data();
+  modifier->rank = std::max(merged, 1);
+  for (int d = 0; d < modifier->rank; ++d) {
+    modifier->shape[modifier->rank - 1 - d] = sizes[d];
+    modifier->strides[modifier->rank - 1 - d] = strides[d];
+  }
+  return true;
+}
+
 // Describes the call, or says what is wrong with it. Results behind loss and gradient are left
 // alone.
-inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::RemainingRets results,
-                           bool loss, bool gradient, int64_t reduced_rank, int64_t count,
-                           Problem* problem) {
+inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::RemainingArgs more,
+                           ffi::RemainingRets results, bool loss, bool gradient, int64_t modifiers,
+                           int64_t reduced_rank, int64_t count, Problem* problem) {
   Operand* operands[] = {&problem->logits, &problem->labels, &problem->scale, &problem->smoothing};
   const std::string names[] = {"logits", "labels", "scale", "smoothing"};
+  const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight", "where",
+                                        "ignore_label"};
   const int64_t rank = buffers[0].dimensions().size();
   if (reduced_rank < 0 || reduced_rank > rank)
     return invalid("reduced_rank " + std::to_string(reduced_rank) + " exceeds the rank");
@@ -89,6 +127,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   int merged = 1, last = 0;
   int64_t shape[kMaxRank] = {1}, strides[kOperands][kMaxRank] = {};
   int64_t elements = 1, next_stride[kOperands] = {1, 1, 1, 1};
+  std::vector<int64_t> full(rank);
   for (int64_t d = rank - 1; d >= 0; --d) {
     const bool reduced = d >= rank - reduced_rank;
     int64_t size = 1, stride[kOperands];
@@ -102,6 +141,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       next_stride[i] *= dimension;
     }
     elements *= size;
+    full[d] = size;
     if (size == 1) continue;
     bool alike = shape[last] != 1 && (reduced || last > 0 || reduced_rank == 0);
     for (int i = 0; i < kOperands; ++i)
@@ -128,6 +168,23 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   problem->inverse_count = 1.0 / count;
   if (problem->reduce && problem->scale.strides[merged - 1] != 0)
     return invalid("scale must not vary along the reduced dimensions");
+
+  size_t given = 0;
+  problem->modified = modifiers != 0;
+  for (int i = 0; i < kModifiers; ++i) {
+    const std::string name = modifier_names[i];
+    if (!(modifiers >> i & 1)) continue;
+    Modifier& modifier = problem->modifiers[i];
+    auto buffer = more.get<ffi::AnyBuffer>(given++);
+    if (!buffer.has_value()) return invalid(name + " is missing");
+    if (!to_type(buffer->element_type(), &modifier.type) ||
+        (i == kWhere && modifier.type != Type::kBool) ||
+        (i == kIgnoreLabel && modifier.type != problem->labels.type))
+      return invalid(name + " has an unsupported dtype");
+    if (!broadcast_to(*buffer, rank, full.data(), &modifier))
+      return invalid(name + " cannot be broadcast to the results");
+  }
+  if (more.size() != given || modifiers >> kModifiers) return invalid("an operand too many");
 
   const size_t expected[] = {static_cast<size_t>(problem->reduce ? problem->rows() : elements),
                              static_cast<size_t>(elements)};

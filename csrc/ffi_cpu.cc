@@ -86,11 +86,11 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 
 template <bool kLoss, bool kGradient>
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
-               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingRets results,
-               int64_t reduced_rank, int64_t count) {
+               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
+               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
   Problem problem;
-  if (ffi::Error error = describe({logits, labels, scale, smoothing}, results, kLoss, kGradient,
-                                  reduced_rank, count, &problem);
+  if (ffi::Error error = describe({logits, labels, scale, smoothing}, more, results, kLoss,
+                                  kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
   if (results.size() != size_t{kLoss} + size_t{kGradient}) return invalid("a result too many");

@@ -12,11 +12,11 @@ namespace {
 
 template <bool kLoss, bool kGradient>
 ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
-               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingRets results,
-               int64_t reduced_rank, int64_t count) {
+               ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
+               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
   Problem problem;
-  if (ffi::Error error = describe({logits, labels, scale, smoothing}, results, kLoss, kGradient,
-                                  reduced_rank, count, &problem);
+  if (ffi::Error error = describe({logits, labels, scale, smoothing}, more, results, kLoss,
+                                  kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};

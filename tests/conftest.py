@@ -160,17 +160,27 @@ class Check:
             )
 
     def reduced(
-        self, implementation: str, actual: ArrayLike, exact: ArrayLike, what: str = "reduced loss"
+        self,
+        implementation: str,
+        actual: ArrayLike,
+        exact: ArrayLike,
+        what: str = "reduced loss",
+        *,
+        roundings: bool = False,
     ) -> None:
-        """Losses that add up elements, at the relative tolerance of a sum."""
+        """Losses that add up elements, at the relative tolerance of a sum.
+
+        `roundings` says that a denominator was rounded, and its reciprocal.
+        """
         __tracebackhide__ = True
         actual, exact = np.asarray(actual), np.asarray(exact)
         assert actual.shape == exact.shape
         tolerance = oracle.TOLERANCE[implementation]
         bound = tolerance.sum_float64 if actual.dtype == np.float64 else tolerance.sum
+        bound += oracle.DIVISOR * float(np.finfo(actual.dtype).eps) * roundings
         worst = oracle.relative_error(actual, exact).max(initial=0.0)
         name = (
-            f"{what}, {implementation}, {actual.dtype} [relative, allowed 2^{np.log2(bound):.0f}]"
+            f"{what}, {implementation}, {actual.dtype} [relative, allowed 2^{np.log2(bound):.3g}]"
         )
         self._record(name, float(worst))
         assert worst <= bound, f"{name}: {actual!r} against {exact!r}"

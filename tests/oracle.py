@@ -85,6 +85,9 @@ TOLERANCE = {"cpu": _CONTRACT, "cuda": _CONTRACT, "xla": _XLA}
 
 # More ulp of the arithmetic's type, for a factor such as 1/N: it is rounded, and so is the product.
 FACTOR = 2.0
+# More, relative and in eps, for a denominator that is not a constant: a sum of weights by XLA, in
+# float32, its reciprocal, and the product.
+DIVISOR = 2.0
 # One rounding to nearest.
 ROUNDED = 0.5
 # More ulp of bfloat16, where a gradient is stored in it before its cotangent arrives.
@@ -119,30 +122,37 @@ def ulp_of_arithmetic(dtype: DTypeLike) -> float:
 
 @dataclass(frozen=True)
 class Exact:
-    """One element: l = y log(1 + exp(-x)) + (1 - y) log(1 + exp(x)), and its derivatives in x."""
+    """One element: l = q y log(1 + exp(-x)) + (1 - y) log(1 + exp(x)), and its derivatives in x."""
 
     loss: Values
     gradient: Values
     hessian: Values
     third: Values
-    loss_scale: Values  # |y| log(1 + exp(-x)) + |1 - y| log(1 + exp(x))
-    gradient_scale: Values  # max(|1 - y| sigmoid(x), |y| sigmoid(-x))
+    loss_scale: Values  # |q y| log(1 + exp(-x)) + |1 - y| log(1 + exp(x))
+    gradient_scale: Values  # max(|1 - y| sigmoid(x), |q y| sigmoid(-x))
 
 
-def exact(logits: ArrayLike, labels: ArrayLike, label_smoothing: float = 0.0) -> Exact:
-    """The exact element at logits and labels as they are stored.
+def exact(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    label_smoothing: float = 0.0,
+    pos_weight: ArrayLike = 1.0,
+) -> Exact:
+    """The exact element at logits, labels and positive weights as they are stored.
 
-    With e = exp(-|x|) and c = 1 - y where x >= 0, else y, no two nearly equal numbers are
-    subtracted: l = log1p(e) + c |x| and dl/dx = sign(x) (c - e / (1 + e)).
+    With e = exp(-|x|), c = 1 - y where x >= 0, else q y, and t = 1 - y + q y, no two nearly equal
+    numbers are subtracted: l = t log1p(e) + c |x| and dl/dx = sign(x) (c - t e / (1 + e)).
     """
     wide, exp, log1p = np.float64, np.exp, np.log1p
     if np.asarray(logits).dtype == FLOAT64:
         wide, exp, log1p = _to_mpmath, np.frompyfunc(_MP.exp, 1, 1), np.frompyfunc(_log1p, 1, 1)
-    x, y = np.broadcast_arrays(np.asarray(logits), np.asarray(labels))
+    arrays = np.broadcast_arrays(*map(np.asarray, (logits, labels, pos_weight)))
     with np.errstate(all="ignore"):
-        x, y = (np.asarray(wide(v.astype(np.float64))) for v in (x, y))
+        x, y, q = (np.asarray(wide(v.astype(np.float64))) for v in arrays)
         # y (1 - s) + s / 2, and of its complement 1 - y as many digits.
         smoothed, complement = (v * (1 - label_smoothing) + label_smoothing / 2 for v in (y, 1 - y))
+        smoothed = np.where(smoothed == 0, 0, smoothed * q)
+        total = np.where(q == 1, 1, smoothed + complement)
         positive, magnitude = x >= 0, abs(x)
         e = np.asarray(exp(-magnitude))
         log_part = np.asarray(log1p(e))
@@ -150,11 +160,11 @@ def exact(logits: ArrayLike, labels: ArrayLike, label_smoothing: float = 0.0) ->
         far = np.where(positive, smoothed, complement)
         finite = np.where(near == 0, 0, magnitude)  # the coefficient 0 wins over infinity
         small = e / (1 + e)  # sigmoid(-|x|), so that sigmoid(|x|) = 1 / (1 + e)
-        hessian = small / (1 + e)
+        hessian = total * small / (1 + e)
         sign = np.where(positive, 1, -1)
         values = {
-            "loss": log_part + near * finite,
-            "gradient": sign * (near - small),
+            "loss": total * log_part + near * finite,
+            "gradient": sign * (near - total * small),
             "hessian": hessian,
             "third": -sign * hessian * (1 - 2 * small),
             "loss_scale": (abs(near) + abs(far)) * log_part + abs(near) * finite,

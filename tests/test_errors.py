@@ -197,6 +197,7 @@ CALL = {
     "scale": np.ones((1, 1), np.float32),
     "smoothing": np.zeros((1, 1), np.float32),
     "results": [((2,), np.float32)],
+    "modifiers": 0,
     "reduced_rank": 1,
     "count": 3,
 }
@@ -206,7 +207,7 @@ def loss_by_the_handler(call: dict) -> list[jax.Array]:
     results = [jax.ShapeDtypeStruct(*result) for result in call["results"]]
     target = jax.ffi.ffi_call("jax_bce_v1_loss", results, has_side_effect=True)
     operands = [call[name] for name in ("logits", "labels", "scale", "smoothing")]
-    attributes = {name: np.int64(call[name]) for name in ("reduced_rank", "count")}
+    attributes = {name: np.int64(call[name]) for name in ("modifiers", "reduced_rank", "count")}
     return jax.block_until_ready(target(*operands, **attributes))
 
 
@@ -276,12 +277,17 @@ def test_options_are_keywords(function: Callable, positional: tuple) -> None:
         function(LOGITS, LABELS, *positional)
 
 
-def test_signatures_are_the_same_but_for_residuals() -> None:
-    loss, both = (inspect.signature(f).parameters for f in (jax_bce.loss, jax_bce.loss_and_grad))
-    assert {k: v.default for k, v in loss.items() if k != "residuals"} == {
-        k: v.default for k, v in both.items()
+def test_the_relatives_have_the_keywords_of_loss() -> None:
+    """All but residuals, and those whose meaning a relative has another name for."""
+    keywords = inspect.signature(jax_bce.loss).parameters
+    shared = {k: v.default for k, v in keywords.items() if v.kind is v.KEYWORD_ONLY}
+    assert shared.pop("residuals") == "gradient"
+    assert shared == {
+        k: v.default
+        for k, v in inspect.signature(_arguments.prepare).parameters.items()
+        if v.kind is v.KEYWORD_ONLY and k != "name"
     }
-    assert loss["residuals"].default == "gradient"
+    assert set(shared) - {"pos_weight"} == set(_arguments.Keywords.__annotations__)
 
 
 def test_loss_and_grad_takes_no_residuals() -> None:

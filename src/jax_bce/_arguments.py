@@ -1,9 +1,10 @@
 """What a user passes, checked, and as the primitive takes it."""
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,29 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_bce._call import MODIFIERS
 from jax_bce._primitive import missing, vary_alike
-from jax_bce._reference import arithmetic_dtype
+from jax_bce._reference import Elements, arithmetic_dtype, elements, scaled_sum
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 _LABELS = (*_LOGITS, "bool", "int8", "uint8", "int16", "int32", "int64")
-_REDUCTIONS = ("none", "sum", "mean")
+_REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
 _IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of `jax_bce.loss` that all its relatives take, too."""
+
+    weight: ArrayLike | None
+    sample_weight: ArrayLike | None
+    label_smoothing: ArrayLike
+    where: ArrayLike | None
+    ignore_label: ArrayLike | None
+    reduction: str
+    axis: int | Sequence[int] | None
+    normalizer: ArrayLike | None
+    dtype: DTypeLike | None
+    implementation: str | None
 
 
 class Call(NamedTuple):
@@ -25,12 +42,31 @@ class Call(NamedTuple):
 
     operands: tuple[Array, ...]
     params: dict[str, Any]
+    shape: tuple[int, ...]  # of the logits, before their summed axes went last
     axes: tuple[int, ...]
     result_dtype: np.dtype
 
     def in_place(self, gradient: Array) -> Array:
         """The gradient with the summed axes where the logits have them."""
         return _move(gradient, _last(self.axes, gradient.ndim), self.axes)
+
+    def elements(self, absent: float = 0) -> Elements:
+        """What enters a formula of `_reference.py`."""
+        logits, labels, _, smoothing, *more = self.operands
+        modifiers = dict(zip(self.params["modifiers"], more, strict=True))
+        return elements(logits, labels, smoothing, modifiers, absent)
+
+    def total(self, values: Array) -> Array:
+        """The result of a formula other than that of the primitive."""
+        shape, scale = self.operands[0].shape, self.operands[2]
+        params = (self.params["reduced_rank"], self.params["count"])
+        return scaled_sum(values, scale, shape, *params).astype(self.result_dtype)
+
+    def of_class(self, name: str, value: ArrayLike) -> Array:
+        """A number, or one for each class, as an operand of the arithmetic's type."""
+        array = _trailing(name, _operand(name, value), self.shape)
+        array = array.astype(self.operands[2].dtype)
+        return _move(array, self.axes, _last(self.axes, array.ndim))
 
 
 def _last(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -111,63 +147,233 @@ def _mend_labels(labels: Array, logits: Array) -> str:
     return "pass one label for each logit, or one scalar label for all"
 
 
+def _operand(
+    name: str, value: ArrayLike, dtypes: Sequence[str] = _LABELS, mend: str | None = None
+) -> Array:
+    """An array of one of the dtypes, in the device's memory."""
+    array = _array(name, value)
+    if array.dtype.name not in dtypes:
+        nearest = "int32" if jnp.issubdtype(array.dtype, jnp.integer) else "float32"
+        mend = mend or f"use {name}.astype(jnp.{nearest})"
+        raise TypeError(f"{name} must be one of {list(dtypes)}, got {array.dtype.name}: {mend}.")
+    space = getattr(jax.typeof(array), "memory_space", None)
+    if space and space.name == "Host":
+        raise ValueError(
+            f"{name} are in the host's memory: move them to the device's first, "
+            f"jax.device_put({name}, jax.memory.Space.Device)."
+        )
+    return array
+
+
+def _trailing(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """As NumPy broadcasts it to the logits' shape."""
+    aligned = (1,) * (len(shape) - array.ndim) + array.shape
+    if len(aligned) != len(shape) or any(
+        own not in (1, size) for own, size in zip(aligned, shape, strict=True)
+    ):
+        hint = "one number, or one for each of the last axis"
+        if array.shape == shape[: array.ndim] and array.ndim:
+            hint = "for one number a sample, use sample_weight"
+        raise ValueError(
+            f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: {hint}."
+        )
+    return array.reshape(aligned)
+
+
+def _leading(name: str, array: Array, shape: tuple[int, ...], mend: str) -> Array:
+    """One for each index of the first axes, or, then with sizes of 1 behind them, of all."""
+    own = array.shape
+    fits = len(own) <= len(shape)
+    if fits:
+        kept = next((d for d in range(len(own), 0, -1) if own[d - 1] != 1), 0)
+        fits = own[:kept] == shape[:kept]
+    if not fits:
+        raise ValueError(
+            f"{name} of shape {own} is not one for each index of the first axes of logits of shape "
+            f"{shape}: {mend}."
+        )
+    return array.reshape(own + (1,) * (len(shape) - len(own)))
+
+
+def _mend_sample_weight(array: Array, shape: tuple[int, ...]) -> str:
+    if array.ndim == 1 and shape and array.shape[0] == shape[-1]:
+        return "for one number a class, use weight"
+    return f"pass shape {shape[:1]}, or as many of {shape} as it has axes"
+
+
+def _ignored(value: ArrayLike, labels: Array) -> Array:
+    """The label to ignore, which is checked unless it is traced, in the labels' dtype."""
+    given = _array("ignore_label", value)
+    if given.ndim:
+        raise ValueError(f"ignore_label must be one number, got shape {given.shape}.")
+    if not isinstance(value, jax.core.Tracer):
+        with np.errstate(all="ignore"):
+            exact = np.asarray(value).astype(np.float64)
+            stored = np.asarray(value).astype(labels.dtype).astype(np.float64)
+        if (
+            exact != stored
+            and not np.isnan(exact)
+            and not jnp.issubdtype(labels.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"ignore_label={value!r} cannot be among labels of dtype {labels.dtype.name}: "
+                "store them as jnp.int8 from the start, or mask with where."
+            )
+    return jax.lax.stop_gradient(given.astype(labels.dtype))
+
+
+def _divisor(
+    value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...], wide: np.dtype
+) -> Array:
+    """The normalizer, which is one number or one for each that the result has."""
+    array = _operand("normalizer", value)
+    kept = tuple(size for a, size in enumerate(shape) if a not in axes)
+    if array.ndim and array.shape != kept:
+        raise ValueError(
+            f"normalizer of shape {array.shape} must be one number, or have the result's shape "
+            f"{kept}."
+        )
+    own = tuple(1 if a in axes or not array.ndim else size for a, size in enumerate(shape))
+    return array.astype(wide).reshape(own)
+
+
+def _partly_counted(keep: Array, axis: int | None) -> Array:
+    """Counts in bytes along parts of an axis, which XLA does ten times as fast on a CPU.
+
+    As many parts are left as devices that the axis may be spread over.
+    """
+    spread = not jax.typeof(keep).sharding.mesh.empty
+    if axis is None or spread or not isinstance(size := keep.shape[axis], int):
+        return keep
+    whole = size // math.gcd(size, 8)
+    part = next((k for k in range(255, 1, -1) if whole % k == 0), 1)
+    parts = (*keep.shape[:axis], size // part, part, *keep.shape[axis + 1 :])
+    return jnp.sum(keep.reshape(parts).astype(jnp.uint8), axis=axis + 1, dtype=jnp.uint8)
+
+
+def _total(
+    factors: Sequence[Array], axes: Sequence[int], shape: tuple[int, ...], wide: np.dtype
+) -> Array:
+    """The sum over the axes of the product of factors that are broadcast to the shape.
+
+    Factors without a summed axis in common are summed apart, so that nothing of the shape's size
+    is formed unless a factor has it. bool factors count, in integers, which are exact.
+    """
+    groups: list[tuple[set[int], list[Array]]] = []
+    for factor in factors:
+        varies, members = {a for a in axes if factor.shape[a] != 1}, [factor]
+        for group in [g for g in groups if g[0] & varies]:
+            groups.remove(group)
+            varies, members = varies | group[0], [*group[1], *members]
+        groups.append((varies, members))
+    rest = [shape[a] for a in axes if not any(a in varies for varies, _ in groups)]
+    total = jnp.asarray(math.prod(rest)).astype(wide)
+    for varies, members in groups:
+        masks = [m for m in members if m.dtype == bool]
+        weights = [m for m in members if m.dtype != bool]
+        if weights:
+            for mask in masks:  # each weight by itself: a derivative meets the others
+                weights = [jnp.where(mask, weight, 0) for weight in weights]
+            values = functools.reduce(operator.mul, weights)
+        else:
+            keep = functools.reduce(operator.and_, masks)
+            values = _partly_counted(keep, max(varies, default=None))
+            many = math.prod(shape[a] for a in varies) >= 2**31
+            values = values.astype(jnp.uint32 if many else jnp.int32)
+        total = total * jnp.sum(values, axis=tuple(varies), keepdims=True).astype(wide)
+    return total
+
+
 def prepare(
     logits: ArrayLike,
     labels: ArrayLike,
-    reduction: str,
-    axis: int | Sequence[int] | None,
-    label_smoothing: ArrayLike,
-    dtype: DTypeLike | None,
-    implementation: str | None,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    ignore_label: ArrayLike | None = None,
+    reduction: str = "mean",
+    axis: int | Sequence[int] | None = None,
+    normalizer: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    name: str = "logits",
 ) -> Call:
     """Checks the arguments of `jax_bce.loss`, which documents them."""
     one_of("reduction", reduction, _REDUCTIONS)
     one_of("implementation", implementation, _IMPLEMENTATIONS)
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
         raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
-    x, y = _array("logits", logits), _array("labels", labels)
-    if x.dtype.name not in _LOGITS:
-        raise TypeError(
-            f"logits must be one of {list(_LOGITS)}, got {x.dtype.name}: pass the model's raw "
-            "scores before the sigmoid, or logits.astype(jnp.float32)."
-        )
-    if y.dtype.name not in _LABELS:
-        mend = "int32" if jnp.issubdtype(y.dtype, jnp.integer) else "float32"
-        raise TypeError(
-            f"labels must be one of {list(_LABELS)}, got {y.dtype.name}: use "
-            f"labels.astype(jnp.{mend})."
-        )
-    for name, operand in (("logits", x), ("labels", y)):
-        if (space := getattr(jax.typeof(operand), "memory_space", None)) and space.name == "Host":
-            raise ValueError(
-                f"{name} are in the host's memory: move them to the device's first, "
-                f"jax.device_put({name}, jax.memory.Space.Device)."
-            )
-    if y.ndim and y.shape != x.shape:
+    scores = "pass the model's raw scores before the sigmoid, or logits.astype(jnp.float32)"
+    x = _operand(name, logits, _LOGITS, scores if name == "logits" else None)
+    y = _operand("labels", labels)
+    shape = x.shape
+    if y.ndim and y.shape != shape:
         raise ValueError(
-            f"labels of shape {y.shape} do not match logits of shape {x.shape}: "
-            f"{_mend_labels(y, x)}."
+            f"labels of shape {y.shape} do not match {name} of shape {shape}: {_mend_labels(y, x)}."
         )
-    if reduction == "none" and axis is not None:
-        raise ValueError(f"axis={axis} has no meaning with reduction='none': leave axis=None.")
-    axes = () if reduction == "none" else _axes(axis, x.shape)
+    if reduction == "none":
+        for option, value in (("axis", axis), ("normalizer", normalizer)):
+            if value is not None:
+                raise ValueError(
+                    f"{option}={value} has no meaning with reduction='none': leave {option}=None."
+                )
+    axes = () if reduction == "none" else _axes(axis, shape)
+    last = _last(axes, x.ndim)
     wide = arithmetic_dtype(x.dtype)
     smoothing = _smoothing(label_smoothing, x.ndim, wide)
+    y = y if y.ndim else y.reshape((1,) * x.ndim)
+
+    modifiers: dict[str, Array] = {}
+    for option, value in (("weight", weight), ("pos_weight", pos_weight)):
+        if value is not None:
+            array = _operand(option, value)
+            modifiers[option] = _trailing(option, array, shape)
+    if sample_weight is not None:
+        array = _operand("sample_weight", sample_weight)
+        mend = _mend_sample_weight(array, shape)
+        modifiers["sample_weight"] = _leading("sample_weight", array, shape, mend)
+    if where is not None:
+        array = _operand("where", where, ("bool",), "compare, where > 0, or use where.astype(bool)")
+        mend = f"for one a class, jnp.broadcast_to(where, {shape})"
+        modifiers["where"] = _leading("where", array, shape, mend)
+    if ignore_label is not None:
+        modifiers["ignore_label"] = _ignored(ignore_label, y).reshape((1,) * x.ndim)
+    modifiers = {option: modifiers[option] for option in MODIFIERS if option in modifiers}
+
+    count: Any = 1
+    divisor = None
+    masks = [modifiers["where"]] if "where" in modifiers else []
+    if ignore_label is not None and reduction != "none":
+        masks.append(y != modifiers["ignore_label"])
+    weights = [modifiers[w].astype(wide) for w in ("weight", "sample_weight") if w in modifiers]
+    if normalizer is not None:
+        divisor = _divisor(normalizer, shape, axes, wide)
+    elif reduction == "weighted_mean" and weights:
+        divisor = _total([*masks, *weights], axes, shape, wide)
+    elif reduction in ("mean", "weighted_mean"):
+        if masks:
+            divisor = _total(masks, axes, shape, wide)
+        else:
+            count = math.prod(shape[a] for a in axes)
+            if not isinstance(count, int):  # of symbolic sizes, in jax.export
+                divisor, count = jnp.asarray(count).astype(wide).reshape((1,) * x.ndim), 1
     scale = jnp.ones((1,) * x.ndim, wide)
-    count = math.prod(x.shape[a] for a in axes) if reduction == "mean" else 1
-    if not isinstance(count, int):  # of symbolic sizes, in jax.export
-        scale, count = scale / jnp.maximum(1, jnp.asarray(count)).astype(wide), 1
-    last = _last(axes, x.ndim)
-    y = _move(y, axes, last) if y.ndim else y.reshape((1,) * x.ndim)
-    x = _move(x, axes, last)
+    if divisor is not None:
+        scale = jnp.where(divisor == 0, 0, 1 / jnp.where(divisor == 0, 1, divisor))
+
     result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
     # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
     direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
     params = {
+        "modifiers": tuple(modifiers),
         "reduced_rank": len(axes),
         "count": max(1, count),
         "implementation": implementation,
         "loss_dtype": result_dtype if direct else wide,
     }
-    operands = vary_alike(x, y, scale, smoothing)
-    return Call(operands, params, axes, result_dtype)
+    operands = (x, y, scale, smoothing, *modifiers.values())
+    operands = vary_alike(*(_move(operand, axes, last) for operand in operands))
+    return Call(operands, params, shape, axes, result_dtype)

@@ -27,6 +27,10 @@ from jax.sharding import AbstractMesh
 # than that. Where such rows are spread over devices nevertheless, XLA gathers them.
 _NARROW, _MANY_ROWS = 32, 4096
 
+# What an operand behind the first four may be; its place here is its bit in the attribute
+# "modifiers" (csrc/bce_problem.h).
+MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label")
+
 # How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
 Workspace = Callable[[int, int], int]
 
@@ -37,6 +41,7 @@ def ffi_call(
     target: str,
     workspace: Workspace,
     *,
+    modifiers: tuple[str, ...],
     kind: str,
     reduced_rank: int,
     count: int,
@@ -46,12 +51,14 @@ def ffi_call(
     summed = reduced_rank if kind != "grad" else 0
     avals: Sequence[Any] = context.avals_in
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
+    bits = sum(1 << MODIFIERS.index(name) for name in modifiers)
+    numbers = {"modifiers": np.int64(bits), "count": np.int64(count)}
     if (devices := _devices(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
-        return _in_blocks(context, operands, target, workspace, shape, split, summed > 0, count)
+        return _in_blocks(context, operands, target, workspace, shape, split, summed > 0, numbers)
     kept = len(shape) - summed
     room = workspace(math.prod(shape[:kept]), math.prod(shape[kept:])) if summed else 0
-    return _emit(context, operands, target, (room,), summed, count)
+    return _emit(context, operands, target, (room,), summed, numbers)
 
 
 def _devices(context: mlir.LoweringRuleContext) -> int:
@@ -71,7 +78,7 @@ def _emit(
     target: str,
     workspace: Sequence[int],
     reduced_rank: int,
-    count: int,
+    numbers: dict[str, np.int64],
     batch: Sequence[int] = (),
 ) -> Any:
     """One custom call, whose last result is a workspace of that shape, unless it is empty.
@@ -89,8 +96,8 @@ def _emit(
             attributes["sdy.sharding_rule"] = _sharding_rule(batch, context.avals_in, results)
     context_of_call: Any = context.replace(avals_out=results)  # type: ignore[no-untyped-call]
     rule: Any = jax.ffi.ffi_lowering(target, extra_attributes=attributes)
-    numbers = {"reduced_rank": np.int64(reduced_rank), "count": np.int64(count)}
-    return rule(context_of_call, *operands, **numbers)[: len(context.avals_out)]
+    results = rule(context_of_call, *operands, reduced_rank=np.int64(reduced_rank), **numbers)
+    return results[: len(context.avals_out)]
 
 
 def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
@@ -134,24 +141,26 @@ def _in_blocks(
     shape: tuple[int, ...],
     split: tuple[int, ...],
     sums: bool,
-    count: int,
+    numbers: dict[str, np.int64],
 ) -> Any:
     """The call with the operands seen as `split` in place of their shape; a block is its last."""
     avals_in: Sequence[Any] = context.avals_in
     avals_out: Sequence[Any] = context.avals_out
     batch, block = split[:-1], split[-1]
+    # How many leading dimensions of the shape are none of the block's.
+    apart = next((d for d in range(len(batch)) if shape[d] != batch[d]), len(batch))
 
-    def of_elements(operand: Array) -> Array:
-        return jnp.broadcast_to(operand, shape).reshape(split)
+    def view(operand: Array) -> Array:
+        """One for each element, unless the elements of a block have one in common."""
+        if math.prod(operand.shape[apart:]) > 1:
+            return jnp.broadcast_to(operand, shape).reshape(split)
+        own = operand.reshape(*operand.shape[:apart], *(1,) * (len(split) - apart))
+        return jnp.broadcast_to(own, (*batch, 1))
 
-    def of_blocks(operand: Array) -> Array:
-        return jnp.broadcast_to(operand.reshape(*operand.shape[: len(batch)], 1), (*batch, 1))
-
-    def enter(logits: Array, labels: Array, scale: Array, smoothing: Array) -> list[Array]:
+    def enter(logits: Array, *others: Array) -> list[Array]:
         """A number for all is a scalar, which each device has; the rest is as wide as the batch."""
-        wide = [(labels, of_elements), (scale, of_blocks), (smoothing, of_blocks)]
-        others = [x.reshape(()) if x.size == 1 else widened(x) for x, widened in wide]
-        return [of_elements(logits), *others]
+        logits = jnp.broadcast_to(logits, shape).reshape(split)
+        return [logits, *(x.reshape(()) if x.size == 1 else view(x) for x in others)]
 
     def leave(*results: Array) -> list[Array]:
         return [
@@ -178,5 +187,5 @@ def _in_blocks(
         room = workspace(1, block) if sums else 0
         values = mlir.lower_fun(enter)(replace(avals_in=plain, avals_out=entered), *operands)
         inside = replace(avals_in=entered, avals_out=results)
-        values = _emit(inside, values, target, (*batch, room), int(sums), count, batch)
+        values = _emit(inside, values, target, (*batch, room), int(sums), numbers, batch)
         return mlir.lower_fun(leave)(replace(avals_in=results), *values)

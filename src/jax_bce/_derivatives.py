@@ -2,11 +2,13 @@
 
 The kind "loss" is differentiated into "loss_and_grad", whose gradient is the only residual, and
 "loss_and_grad" into plain jnp. The rule is the primitive's own, so that every mode and nesting of
-differentiation passes through it.
+differentiation passes through it. A derivative with respect to anything but the logits is plain jnp
+as well, and is there only if it is asked for.
 """
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +18,20 @@ from jax import Array
 from jax.interpreters import ad
 
 from jax_bce._primitive import bce, bce_p, spread_like
-from jax_bce._reference import arithmetic_dtype, element_hessian, sum_trailing
+from jax_bce._reference import (
+    Elements,
+    arithmetic_dtype,
+    by_label,
+    by_pos_weight,
+    element_gradient,
+    element_hessian,
+    element_loss,
+    elements,
+    sum_trailing,
+    times,
+)
+
+_OPERANDS = ("logits", "labels", "scale", "smoothing")
 
 
 def residual_dtype(logits_dtype: np.dtype) -> np.dtype:
@@ -24,63 +39,110 @@ def residual_dtype(logits_dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32 if logits_dtype == np.float16 else logits_dtype)
 
 
-def _label_tangent(labels: Array, smoothing: Array, labels_dot: Any, smoothing_dot: Any) -> Any:
-    """The tangent of y (1 - s) + s / 2, or None if neither moves."""
-    terms = []
-    if not isinstance(labels_dot, ad.Zero):
-        terms.append(labels_dot.astype(smoothing.dtype) * (1 - smoothing))
-    if not isinstance(smoothing_dot, ad.Zero):
-        terms.append((0.5 - labels.astype(smoothing.dtype)) * smoothing_dot)
-    return functools.reduce(operator.add, terms) if terms else None
+def _add(terms: Sequence[Any]) -> Any:
+    return functools.reduce(operator.add, terms)
+
+
+def _tangents_of_elements(
+    primals: dict[str, Array], tangents: dict[str, Array], element: Elements
+) -> tuple[Array, Array]:
+    """The tangents of loss and gradient where logits and scale do not move.
+
+    The loss is linear in label, positive weight and weight, and the smoothed label, y (1 - s) + s /
+    2, in label and smoothing.
+    """
+    wide = element.logits.dtype
+    loss, gradient = [], []
+    smoothed = []
+    if "labels" in tangents:
+        smoothed.append(tangents["labels"] * (1 - primals["smoothing"]))
+    if "smoothing" in tangents:
+        label = element.select(primals["labels"].astype(wide))
+        smoothed.append((0.5 - label) * tangents["smoothing"])
+    if smoothed:
+        of_loss, of_gradient = by_label(element)
+        loss.append(element.weighted(of_loss) * _add(smoothed))
+        gradient.append(element.weighted(of_gradient) * _add(smoothed))
+    if "pos_weight" in tangents:
+        of_loss, of_gradient = by_pos_weight(element)
+        loss.append(element.weighted(of_loss) * tangents["pos_weight"])
+        gradient.append(element.weighted(of_gradient) * tangents["pos_weight"])
+    for name, other in (("weight", "sample_weight"), ("sample_weight", "weight")):
+        if name in tangents:
+            factor = element.select(primals[other].astype(wide)) if other in primals else None
+            for terms, of_element in ((loss, element_loss), (gradient, element_gradient)):
+                value = of_element(element)
+                value = value if factor is None else times(factor, value)
+                terms.append(element.select(value) * tangents[name])
+    return _add(loss), _add(gradient)
 
 
 def _jvp(
-    primals: tuple[Array, Array, Array, Array],
-    tangents: tuple[Any, Any, Any, Any],
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
     *,
+    modifiers: tuple[str, ...],
     kind: str,
     reduced_rank: int,
     gradient_dtype: np.dtype,
     **common: Any,
 ) -> tuple[list[Array], list[Array]]:
-    logits, labels, scale, smoothing = primals
-    logits_dot, labels_dot, scale_dot, smoothing_dot = tangents
     if kind == "grad":
         raise NotImplementedError(
             "jax_bce.loss(residuals='recompute') can be differentiated once, in reverse mode. "
             "Use residuals='gradient', the default, for other modes and higher derivatives."
         )
-    assert isinstance(scale_dot, ad.Zero)  # a constant in every call
-    common["reduced_rank"] = reduced_rank
-    logits_move = not isinstance(logits_dot, ad.Zero)
+    primals = [jnp.asarray(primal) for primal in primals]  # a Python number may be among them
+    logits, _, scale, _ = primals[:4]
+    wide = arithmetic_dtype(logits.dtype)
+    common |= {"modifiers": modifiers, "reduced_rank": reduced_rank}
+    named = dict(zip((*_OPERANDS, *modifiers), primals, strict=True))
+    moving = {
+        name: dot.astype(wide)
+        for name, dot in zip(named, tangents, strict=True)
+        if not isinstance(dot, ad.Zero)
+    }
+    logits_dot, scale_dot = moving.pop("logits", None), moving.pop("scale", None)
 
-    if kind == "loss" and not logits_move:
+    if kind == "loss" and logits_dot is None:
         (loss,) = outputs = bce(*primals, kind="loss", **common)
     else:
         dtype = gradient_dtype if kind == "loss_and_grad" else residual_dtype(logits.dtype)
         outputs = bce(*primals, kind="loss_and_grad", gradient_dtype=dtype, **common)
         loss, gradient = outputs
 
-    # d loss / dx = gradient, d loss / dy = log(1 + exp(-x)) - log(1 + exp(x)) = -x.
-    wide = arithmetic_dtype(logits.dtype)
     factor = scale * scale.dtype.type(1 / common["count"])
-    label_dot = _label_tangent(labels, smoothing, labels_dot, smoothing_dot)
     shape = jnp.broadcast_shapes(*(operand.shape for operand in primals))
+    if moving or kind == "loss_and_grad":
+        logits, labels, _, smoothing = primals[:4]
+        element = elements(logits, labels, smoothing, {name: named[name] for name in modifiers})
+    by_others = _tangents_of_elements(named, moving, element) if moving else None
     terms = []
-    if logits_move:
-        terms.append(gradient.astype(wide) * logits_dot.astype(wide))
-    if label_dot is not None:
-        terms.append(-logits.astype(wide) * label_dot * factor)
-    loss_dot = sum_trailing(jnp.broadcast_to(sum(terms), shape), reduced_rank).astype(loss.dtype)
+    if logits_dot is not None:
+        terms.append(gradient.astype(wide) * logits_dot)
+    if by_others is not None:
+        terms.append(by_others[0] * factor)
+    dots = []
+    if terms:
+        dots.append(sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank))
+    if scale_dot is not None:
+        # The loss is linear in its scale.
+        unscaled = [jnp.ones_like(scale) if name == "scale" else named[name] for name in named]
+        (sums,) = bce(*unscaled, kind="loss", **{**common, "loss_dtype": wide})
+        dots.append(sums * scale_dot.reshape(scale.shape[: sums.ndim]))
+    loss_dot = _add(dots).astype(loss.dtype)
     if kind == "loss":
         return [loss], [loss_dot]
 
     terms = []
-    if logits_move:
-        terms.append(element_hessian(logits) * logits_dot.astype(wide) * factor)
-    if label_dot is not None:
-        terms.append(-label_dot * factor)
-    gradient_dot = jnp.broadcast_to(sum(terms), shape).astype(gradient.dtype)
+    if logits_dot is not None:
+        terms.append(element.weighted(element_hessian(element)) * logits_dot * factor)
+    if by_others is not None:
+        terms.append(by_others[1] * factor)
+    if scale_dot is not None:
+        factor_dot = scale_dot * scale.dtype.type(1 / common["count"])
+        terms.append(element.weighted(element_gradient(element)) * factor_dot)
+    gradient_dot = jnp.broadcast_to(_add(terms), shape).astype(gradient.dtype)
     return outputs, [loss_dot, gradient_dot]
 
 
@@ -89,50 +151,47 @@ ad.primitive_jvps[bce_p] = _jvp
 Params = tuple[tuple[str, Any], ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def recompute(
-    logits: Array, labels: Array, scale: Array, smoothing: Array, params: Params
-) -> Array:
-    """The loss, whose backward pass reads logits and labels again instead of a stored gradient.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def recompute(operands: tuple[Array, ...], params: Params) -> Array:
+    """The loss, whose backward pass reads the operands again instead of a stored gradient.
 
-    `params` are the primitive's, as pairs. `scale` is a constant here: its cotangent is zero.
+    `params` are the primitive's, as pairs.
     """
-    (loss,) = bce(logits, labels, scale, smoothing, kind="loss", **dict(params))
+    (loss,) = bce(*operands, kind="loss", **dict(params))
     return loss
 
 
 def _recompute_forward(
-    logits: Array, labels: Array, scale: Array, smoothing: Array, params: Params
-) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    operands = (logits, labels, scale, smoothing)
-    return recompute(*operands, params), operands
+    operands: tuple[Array, ...], params: Params
+) -> tuple[Array, tuple[Array, ...]]:
+    return recompute(operands, params), operands
 
 
 def _recompute_backward(
-    params: Params, operands: tuple[Array, Array, Array, Array], cotangent: Array
-) -> tuple[Array, Array | None, None, Array]:
-    logits, labels, scale, smoothing = operands
+    params: Params, operands: tuple[Array, ...], cotangent: Array
+) -> tuple[tuple[Array | None, ...]]:
+    logits, labels, scale, *others = operands
     common = dict(params)
-    cotangent = cotangent.astype(scale.dtype)
-    weight = cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
-    (logits_bar,) = bce(logits, labels, weight, smoothing, kind="grad", **common)
-    logits_bar = spread_like(logits_bar, logits)
+    wide_cotangent = cotangent.astype(scale.dtype)
+    factor = wide_cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
+    (logits_bar,) = bce(logits, labels, factor, *others, kind="grad", **common)
 
-    # The smoothed labels' cotangent. It is not multiplied by a tangent of zero, which would be NaN
-    # where a logit is infinite.
-    smoothed_bar = -logits.astype(scale.dtype) * (weight * scale.dtype.type(1 / common["count"]))
-    float_labels = jnp.issubdtype(labels.dtype, jnp.floating)
+    # By the rule above, all of which XLA drops where only the logits' cotangent is asked for.
+    names = (*_OPERANDS, *common["modifiers"])
+    moving = [
+        i
+        for i, (name, operand) in enumerate(zip(names, operands, strict=True))
+        if name not in ("logits", "ignore_label") and jnp.issubdtype(operand.dtype, jnp.floating)
+    ]
 
-    def tangent(labels_dot: Any, smoothing_dot: Array) -> Any:
-        label_dot = _label_tangent(labels, smoothing, labels_dot, smoothing_dot)
-        return label_dot + jnp.zeros_like(smoothed_bar)  # in its shape, and spread as it is
+    def loss_of(*values: Array) -> Array:
+        given = dict(zip(moving, values, strict=True))
+        return bce(*(given.get(i, o) for i, o in enumerate(operands)), kind="loss", **common)[0]
 
-    zero = ad.Zero(jax.typeof(labels).to_tangent_aval())
-    moving = tangent if float_labels else functools.partial(tangent, zero)
-    arguments = (labels, smoothing) if float_labels else (smoothing,)
-    zeros, pullback = jax.vjp(moving, *map(jnp.zeros_like, arguments))
-    *labels_bar, smoothing_bar = pullback(zeros + smoothed_bar)
-    return logits_bar, labels_bar[0] if labels_bar else None, None, smoothing_bar
+    _, pullback = jax.vjp(loss_of, *(operands[i] for i in moving))
+    bars = dict(zip(moving, pullback(cotangent), strict=True))
+    bars[0] = spread_like(logits_bar, logits)
+    return (tuple(bars.get(i) for i in range(len(operands))),)
 
 
 recompute.defvjp(_recompute_forward, _recompute_backward)

@@ -3,11 +3,13 @@
     loss     = scale / count * (element losses, summed over the last reduced_rank dimensions)
     gradient = scale / count * (element gradients)
 
-The operands logits, labels, scale and smoothing (of the labels) have one rank and are broadcast
-against each other. scale and smoothing have the arithmetic's type, float32 (float64 for float64
-logits); scale has size 1 in the summed dimensions. A summed loss has the arithmetic's type too; an
-element's loss and gradient may be rounded to a 16-bit type. A vmapped axis is one more leading
-dimension. Three kinds differ in their results: "loss", "loss_and_grad", "grad".
+The operands logits, labels, scale and smoothing (of the labels), and those of `_call.MODIFIERS`
+that the parameter `modifiers` names, have one rank and are broadcast against each other. scale and
+smoothing have the arithmetic's type, float32 (float64 for float64 logits), ignore_label the
+labels', where is bool. scale has size 1 in the summed dimensions; where it is 0, so are the
+results. A summed loss has the arithmetic's type, too; an element's loss and gradient may be rounded
+to a 16-bit type. A vmapped axis is one more leading dimension. Three kinds differ in their results:
+"loss", "loss_and_grad", "grad".
 
 On CPU and CUDA a kind is one call of the FFI target `jax_bce_v1_<kind>`; where that is not to be
 had, and on every other platform, XLA compiles `_reference.py`.
@@ -136,7 +138,8 @@ def bce(
     labels: Array,
     scale: Array,
     smoothing: Array,
-    *,
+    *more: Array,
+    modifiers: tuple[str, ...],
     kind: str,
     reduced_rank: int,
     count: int,
@@ -150,6 +153,8 @@ def bce(
         labels,
         scale,
         smoothing,
+        *more,
+        modifiers=modifiers,
         kind=kind,
         reduced_rank=reduced_rank,
         count=count,
@@ -162,6 +167,7 @@ def bce(
 @functools.partial(
     jax.jit,
     static_argnames=(
+        "modifiers",
         "kind",
         "reduced_rank",
         "count",
@@ -184,11 +190,13 @@ def _evaluate(*operands: Array, **params: Any) -> list[Array]:
         return _compiled(*operands, **params)  # type: ignore[no-any-return]
 
 
-def _spread(operands: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
+def _spread(
+    operands: Sequence[Any], modifiers: tuple[str, ...], shape: tuple[int, ...]
+) -> list[Any]:
     """The axes of an explicit mesh over which each dimension is spread: as in any operand."""
     if any(o.sharding.spec.unreduced or o.sharding.spec.reduced for o in operands):
         raise ValueError(
-            "logits and labels cannot be unreduced or reduced over axes of a mesh: "
+            "operands of jax_bce cannot be unreduced or reduced over axes of a mesh: "
             "jax.sharding.reshard them to a PartitionSpec without either."
         )
     spec, used, fits = [], [], True
@@ -199,10 +207,14 @@ def _spread(operands: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
         spec.append(next(iter(found), None))
         used += [name for axes in found for name in (axes if isinstance(axes, tuple) else (axes,))]
     if not fits or len(set(used)) < len(used):
-        logits, labels = (operand.sharding.spec for operand in operands[:2])
+        logits, labels, _, _, *more = (operand.sharding.spec for operand in operands)
+        others = "".join(
+            f", {name} as {spec}" for name, spec in zip(modifiers, more, strict=True) if any(spec)
+        )
         raise ValueError(
-            f"logits spread over the mesh as {logits} and labels as {labels} do not fit together: "
-            "spread them alike, jax.sharding.reshard(labels, jax.typeof(logits).sharding)."
+            f"logits spread over the mesh as {logits} and labels as {labels}{others} do not fit "
+            "together: spread them alike, "
+            "jax.sharding.reshard(labels, jax.typeof(logits).sharding)."
         )
     return spec
 
@@ -215,7 +227,7 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
     """
     shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
     like = next((operand for operand in operands if not operand.sharding.mesh.empty), None)
-    spec = _spread(operands, shape) if like is not None else []
+    spec = _spread(operands, params["modifiers"], shape) if like is not None else []
 
     def result(rank: int, dtype: np.dtype) -> Any:
         if like is None:
@@ -310,7 +322,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         if use_xla:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
-        params = {name: params[name] for name in ("kind", "reduced_rank", "count")}
+        params = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
         target = f"jax_bce_v1_{params['kind']}"
         workspace = _cuda.workspace if platform == "cuda" else lambda rows, columns: 0
         return ffi_call(context, operands, target, workspace, **params)

@@ -124,6 +124,8 @@ struct Case {
   bool wide;               // results of the arithmetic's type, sums of float64
   bool smooth;             // a smoothing an element, or a row
   bool other = false;      // results of another 16-bit type
+  int modifiers = 0;       // a bit for each there is
+  int form = 0;            // what they are: one number, one a row, one a column, one an element
 };
 
 inline std::mt19937 random_bits(1);
@@ -157,6 +159,16 @@ struct Call {
   Array loss{loss_type, c.loss ? losses : 0, c.offset};
   Array gradient{gradient_type, c.gradient ? size : 0, c.offset};
   Array workspace{Type::kF64, cuda_workspace(c.rows, c.columns), 0};
+  std::vector<Array> modifiers;
+
+  Type modifier_type(int name) const {
+    const Type weights[] = {Type::kF32, Type::kF64, Type::kU8, Type::kBF16, Type::kI32, Type::kF16};
+    return name == kWhere         ? Type::kBool
+           : name == kIgnoreLabel ? c.labels
+                                  : weights[(c.form + name) % std::size(weights)];
+  }
+  bool by_row(int name) const { return (c.form + name) % 4 & 1; }
+  bool by_column(int name) const { return (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
     for (int64_t i = 0; i < size; ++i) logits.set(i, any_logit());
@@ -164,6 +176,17 @@ struct Call {
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
     for (int64_t i = 0; i < smoothings_size; ++i) smoothing.set(i, c.smooth ? i % 5 / 5.0 : 0);
     for (const Array* operand : {&logits, &labels, &scale, &smoothing}) operand->upload();
+    for (int name = 0; name < kModifiers; ++name) {
+      const bool given = c.modifiers >> name & 1;
+      const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
+      modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
+      const double numbers[] = {0, 1, 3, 0.3, INFINITY};
+      for (int64_t i = 0; given && i < count; ++i)
+        modifiers[name].set(i, name == kWhere         ? random_bits() % 4 != 0
+                               : name == kIgnoreLabel ? random_bits() % 2
+                                                      : numbers[random_bits() % 40 % 5]);
+      modifiers[name].upload();
+    }
   }
 
   // In the memory that `data` tells, &Array::host or &Array::device.
@@ -185,6 +208,17 @@ struct Call {
     problem.inverse_count = 1.0 / std::max<int64_t>(1, c.reduce ? c.columns : 1);
     problem.loss = {c.loss ? (loss.*data)() : nullptr, loss_type};
     problem.gradient = {c.gradient ? (gradient.*data)() : nullptr, gradient_type};
+    problem.modified = c.modifiers != 0;
+    for (int name = 0; name < kModifiers; ++name) {
+      if (!(c.modifiers >> name & 1)) continue;
+      Modifier& modifier = problem.modifiers[name];
+      modifier.data = (modifiers[name].*data)();
+      modifier.type = modifier_type(name);
+      modifier.rank = 2;
+      modifier.shape[0] = c.rows, modifier.shape[1] = c.columns;
+      modifier.strides[0] = !by_row(name) ? 0 : by_column(name) ? c.columns : 1;
+      modifier.strides[1] = by_column(name);
+    }
     return problem;
   }
 

@@ -110,10 +110,12 @@ bool check(const Case& c, cudaStream_t stream) {
   if (count)
     std::printf(
         "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
-        "reduce %d, loss %d, gradient %d, one_label %d, scales %d, wide %d, smooth %d\n",
+        "reduce %d, loss %d, gradient %d, one_label %d, scales %d, wide %d, smooth %d, modifiers "
+        "%d "
+        "of form %d\n",
         static_cast<long long>(count), static_cast<long long>(first), name(c.logits),
         name(c.labels), static_cast<long long>(c.rows), static_cast<long long>(c.columns), c.offset,
-        c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth);
+        c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth, c.modifiers, c.form);
   return !count;
 }
 
@@ -256,6 +258,16 @@ int main(int count, char** arguments) {
     for (int64_t n : {37, 1040, 9000})
       for (bool reduce : {false, true})
         run({logits, Type::kU8, 3, n, 0, reduce, true, true, false, false, false, n == 37, true});
+  // Every set of modifiers, of every form, over long, short and single rows.
+  for (int modifiers = 1; modifiers < 1 << kModifiers; ++modifiers)
+    for (int form = 0; form < 12; form += effort > 0 ? 1 : effort == 0 ? 5 : 11)
+      for (int64_t n : {1 + cases % 70, 1024 + 7 * (cases % 9)}) {
+        constexpr Type kLogits[] = {Type::kF32, Type::kBF16, Type::kF64, Type::kF16};
+        run({kLogits[effort > 0 ? cases % 4 : form % 4], kTypes[cases % 10], n > 100 ? 3 : 23, n,
+             static_cast<int>(cases % 4), cases % 3 != 0 && cases % 5 != 0, cases % 5 != 0,
+             cases % 5 == 0 || cases % 7 != 0, cases % 11 == 0, cases % 13 == 0, cases % 2 == 0,
+             cases % 3 == 1, false, modifiers, form});
+      }
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32})
     for (Type labels : {Type::kU8, logits})
       for (int64_t n : {1000, 3001, 20'000})

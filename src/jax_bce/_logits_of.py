@@ -1,0 +1,184 @@
+"""A model without its final sigmoid, found by walking back from the output of its trace."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+Atom = Var | Literal
+
+# These move or place elements, and so commute with what is done to each of them.
+_ARRANGING = {"broadcast_in_dim", "copy", "name", "reshape", "reshard", "rev"}
+_ARRANGING |= {"sharding_constraint", "slice", "squeeze", "transpose"}
+_CALLS = {"jit", "remat2", "custom_jvp_call", "custom_vjp_call"}
+
+
+def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    r"""The same model without its final sigmoid.
+
+    For a model :math:`m(x) = \sigma(f(x))`, the function :math:`f`. A call traces the model and
+    evaluates what leads to the operand of the sigmoid; nothing is inverted, and no probability
+    rounded. Compile the result, not the model: ``jax.jit`` around the sigmoid is undone, with its
+    shardings and options, and outside of another the operations are evaluated one by one.
+
+    Args:
+      model: a function, or an object with ``__call__`` such as a module of flax.nnx or equinox, or
+        a Keras model on the JAX backend. It returns one array, bare or in a pytree, and ends in
+        ``jax.nn.sigmoid`` or ``1 / (1 + jnp.exp(-x))``. Behind that may stand what only arranges
+        elements (reshape, squeeze, transpose, broadcast, flip, a slice such as ``[:, 0]``, a
+        sharding constraint), and casts from float to float; around it ``jax.jit``,
+        ``jax.checkpoint``, and custom derivative rules that cover nothing but the sigmoid.
+
+    Returns:
+      A function that hands its arguments on to the model as they are: arrays, pytrees, modules,
+      strings, keywords. It returns the logits in the structure and shape of the model's output, and
+      in the dtype they are computed in: casts behind the sigmoid are left out. (A Keras policy such
+      as "mixed_bfloat16" computes bfloat16 logits, unless the last layer has ``dtype="float32"``.)
+
+    Derivatives:
+      Those of the model up to the sigmoid, to any order, with respect to its arguments and to
+      whatever it closes over (``nnx.grad`` of a module).
+
+    State:
+      As under ``jax.jit``, what the model stores while it runs would be a tracer. flax.nnx refuses
+      to store it (``TraceContextError``): call ``model.eval()`` first, and put ``nnx.jit``, which
+      stores the module itself, around the result. Keras stores it, and fails when the model is used
+      next: never pass ``training=True``, wrap ``stateless_call`` instead. What the model does with
+      the probability beside returning it, such as ``jax.debug.print``, is kept.
+
+    Raises:
+      TypeError: a model that cannot be called.
+      ValueError: when called, for a model that ends in anything else, with its name, or returns
+        another number of arrays than one.
+
+    Source:
+      Keras recovers logits so on TensorFlow, from the last operation of the graph.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_bce
+      >>> model = lambda weights, x: jax.nn.sigmoid(x @ weights)[:, 0]
+      >>> weights, x = jnp.ones((2, 1)), jnp.array([[20.0, 30.0], [-1.0, -2.0]])
+      >>> print(model(weights, x), jax.jit(jax_bce.logits_of(model))(weights, x))
+      [1.         0.04742587] [50. -3.]
+    """
+    if not callable(model):
+        raise TypeError(
+            f"model must be a function or an object with __call__, got {type(model).__name__}: "
+            "pass the model, not what it returns."
+        )
+
+    def logits(*args: Any, **keywords: Any) -> Any:
+        # All arguments are closed over: objects keep their identity, Python values stay static, and
+        # the tracers of a transformation around this become constants of the trace.
+        trace, result = jax.make_jaxpr(lambda: model(*args, **keywords), return_shape=True)()
+        leaves, structure = jax.tree.flatten(result)
+        if len(leaves) != 1:
+            raise ValueError(
+                f"logits_of needs a model that returns one array, got {len(leaves)}: wrap it in a "
+                "function that returns the probabilities alone."
+            )
+        scores = _scores(trace, 0)
+        assert callable(scores)  # the trace has no arguments to end at
+        return jax.tree.unflatten(structure, [jnp.asarray(scores())])
+
+    return logits
+
+
+def _scores(
+    closed: ClosedJaxpr, output: int
+) -> Callable[..., Any] | tuple[list[JaxprEqn], bool, int]:
+    """The function that computes, from the arguments of the jaxpr, the scores of an output.
+
+    Where nothing is computed between an argument and the output but perhaps the sigmoid: what
+    arranges the elements, the last equation first; whether there is the sigmoid; which argument.
+    """
+    jaxpr, arranging, found = closed.jaxpr, list[JaxprEqn](), False
+    producers = {variable: eqn for eqn in jaxpr.eqns for variable in eqn.outvars}
+
+    def arranged(value: Any) -> Any:
+        for eqn in reversed(arranging):
+            value = eqn.primitive.bind(value, **eqn.params)  # type: ignore[no-untyped-call]
+        return value
+
+    atom = jaxpr.outvars[output]
+    while not found and isinstance(atom, Var) and (eqn := producers.get(atom)):
+        name, operand = eqn.primitive.name, _operand_of_sigmoid(eqn, producers)
+        if operand is not None:
+            atom, found = operand, True
+        elif name in _ARRANGING:
+            arranging.append(eqn)
+            atom = eqn.invars[0]
+        elif name == "convert_element_type" and all(map(_is_float, (atom, eqn.invars[0]))):
+            atom = eqn.invars[0]
+        elif name in _CALLS:
+            inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+            inner = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+            scores = _scores(inner, eqn.outvars.index(atom))
+            if name.startswith("custom_") and (callable(scores) or not scores[1]):
+                raise _refusal(f"{name!r}, whose derivative rule is not that of a sigmoid alone,")
+            if callable(scores):
+                if name == "remat2":
+                    options = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+                    scores = jax.checkpoint(scores, **options)
+                return lambda *arguments: arranged(
+                    scores(*_evaluate(closed, eqn.invars, arguments, replaced=eqn))
+                )
+            inner_arranging, found, argument = scores
+            arranging += inner_arranging
+            atom = eqn.invars[argument]
+        else:
+            raise _refusal(repr(name))
+    if isinstance(atom, Var) and atom in jaxpr.invars:
+        return arranging, found, jaxpr.invars.index(atom)
+    if not found:
+        raise _refusal("a constant or one of its arguments")
+    return lambda *arguments: arranged(*_evaluate(closed, [atom], arguments))
+
+
+def _operand_of_sigmoid(eqn: JaxprEqn | None, producers: dict[Var, JaxprEqn]) -> Atom | None:
+    """x, if the equation is the last one of sigmoid(x), or of 1 / (1 + exp(-x))."""
+    if eqn and eqn.primitive.name == "logistic":
+        return eqn.invars[0]
+    for name in ("div", "add", "exp", "neg"):
+        if eqn is None or eqn.primitive.name != name:
+            return None
+        *ones, atom = sorted(eqn.invars, key=_is_one, reverse=True) if name == "add" else eqn.invars
+        if not all(map(_is_one, ones)):
+            return None
+        eqn = producers.get(atom) if isinstance(atom, Var) else None
+    return atom
+
+
+def _is_one(atom: Atom) -> bool:
+    return isinstance(atom, Literal) and np.ndim(atom.val) == 0 and bool(atom.val == 1)
+
+
+def _is_float(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
+
+def _evaluate(
+    closed: ClosedJaxpr,
+    wanted: Sequence[Atom],
+    arguments: Sequence[Any],
+    replaced: JaxprEqn | None = None,
+) -> Any:
+    """Values inside of a jaxpr: runs what they need, and what has effects but the one replaced."""
+    needed, eqns = {atom for atom in wanted if isinstance(atom, Var)}, list[JaxprEqn]()
+    for eqn in reversed(closed.jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars) or (eqn.effects and eqn is not replaced):
+            eqns.append(eqn)
+            needed.update(atom for atom in eqn.invars if isinstance(atom, Var))
+    jaxpr = closed.jaxpr.replace(eqns=eqns[::-1], outvars=list(wanted))
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*arguments)
+
+
+def _refusal(end: str) -> ValueError:
+    return ValueError(
+        f"the model ends in {end}, not in a sigmoid: if it returns scores, use it as it is; if "
+        "not, let it return them, or end in jax.nn.sigmoid with nothing after it that changes "
+        "values."
+    )

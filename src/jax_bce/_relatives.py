@@ -1,0 +1,269 @@
+"""The losses that are related to the cross-entropy: formulas of `_reference.py`, compiled by XLA.
+
+Weights, masks, reductions, denominators and types are those of `loss`, by the same code.
+"""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jax_bce import _reference
+from jax_bce._arguments import Keywords, prepare
+from jax_bce._loss import loss
+from jax_bce._primitive import bce
+
+
+def _is_zero(value: ArrayLike) -> bool:
+    """Whether this is the number 0, which a traced number is not known to be."""
+    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(value == 0)
+
+
+def _only_xla(keywords: Keywords, name: str) -> None:
+    if keywords.get("implementation") not in (None, "xla"):
+        raise RuntimeError(
+            f"implementation={keywords['implementation']!r} is not available for {name}, which has "
+            "no kernel of its own: use implementation=None."
+        )
+
+
+def focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    **keywords: Unpack[Keywords],
+) -> Array:
+    r"""Focal loss: cross-entropy that counts less the better an element is classified.
+
+    .. math:: l = \alpha_t (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p)\right),
+
+    with :math:`p = \sigma(x)`, :math:`p_t = y p + (1 - y) (1 - p)` and :math:`\alpha_t = \alpha y +
+    (1 - \alpha) (1 - y)`, in nats. The power is taken of a logarithm that is formed from the logit,
+    so that nothing vanishes or overflows in either tail.
+
+    Args:
+      logits: as for `loss`.
+      labels: as for `loss`; soft labels enter p_t linearly, smoothed ones as smoothed.
+      alpha: the weight of the positive class, against 1 - alpha of the negative one; a number, or
+        one for each class (trailing-aligned). None: neither is weighted.
+      gamma: the focus, at least 0, likewise. With the number 0 and no alpha, the result is that of
+        `loss`, bit for bit.
+      **keywords: those of `loss`, but pos_weight and residuals. XLA compiles this loss, so that
+        implementation is None or "xla", unless it is `loss`.
+
+    Returns:
+      The loss, of the shape and dtype that `loss` has. The denominator of "weighted_mean" holds
+      weight and sample_weight, not the factors above.
+
+    Derivatives:
+      With respect to logits, float labels, alpha, gamma, weights, label_smoothing and normalizer,
+      to any order, in their argument's dtype; those in the logits are finite for finite logits.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as `loss` does; ValueError for an alpha or a gamma that
+        cannot be broadcast to the logits.
+
+    Source:
+      Lin et al., Focal Loss for Dense Object Detection, 2017, https://arxiv.org/abs/1708.02002.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_bce
+      >>> print(jax_bce.focal_loss(jnp.array([1.0, 1.0]), jnp.array([1, 0]), reduction="none"))
+      [0.02265805 0.70186836]
+    """
+    if alpha is None and _is_zero(gamma):
+        return loss(logits, labels, **keywords)
+    _only_xla(keywords, "focal_loss")
+    call = prepare(logits, labels, **keywords)
+    element = call.elements()
+    balance = None if alpha is None else call.of_class("alpha", alpha)
+    values = _reference.focal_loss(element, balance, call.of_class("gamma", gamma))
+    return call.total(element.weighted(values))
+
+
+def asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_neg: ArrayLike = 4.0,
+    gamma_pos: ArrayLike = 1.0,
+    clip: ArrayLike = 0.05,
+    stop_gradient_weight: bool = False,
+    **keywords: Unpack[Keywords],
+) -> Array:
+    r"""Asymmetric loss: focal loss with a focus for each class, and easy negatives dropped.
+
+    .. math:: l = (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p_m)\right),
+
+    with :math:`p = \sigma(x)`, :math:`p_m = \max(p - \text{clip}, 0)`, :math:`1 - p_t = y (1 - p) +
+    (1 - y) p_m` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`, in nats. Positives have no
+    floor: the usual clamp of the probability at 1e-8 is not needed.
+
+    Args:
+      logits: as for `loss`.
+      labels: as for `loss`.
+      gamma_neg: the focus of the negative class, at least 0; a number, or one for each class
+        (trailing-aligned).
+      gamma_pos: that of the positive class, likewise.
+      clip: the probability, in [0, 1), below which a negative has no loss, likewise. With the
+        number 0 for all three, the result is that of `loss`, bit for bit.
+      stop_gradient_weight: whether the power is a constant to differentiation.
+      **keywords: those of `loss`, but pos_weight and residuals. XLA compiles this loss, so that
+        implementation is None or "xla", unless it is `loss`.
+
+    Returns:
+      The loss, of the shape and dtype that `loss` has.
+
+    Derivatives:
+      With respect to everything that may be traced, to any order, in their argument's dtype; those
+      in the logits are finite for finite logits.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as `loss` does; ValueError for a focus or a clip that
+        cannot be broadcast to the logits.
+
+    Source:
+      Ridnik et al., Asymmetric Loss For Multi-Label Classification, 2020,
+      https://arxiv.org/abs/2009.14119.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_bce
+      >>> logits, labels = jnp.array([1.0, 1.0, -5.0]), jnp.array([0, 1, 0])
+      >>> print(jax_bce.asymmetric_loss(logits, labels, reduction="none"))
+      [0.24586026 0.08424903 0.        ]
+    """
+    if all(map(_is_zero, (gamma_neg, gamma_pos, clip))):
+        return loss(logits, labels, **keywords)
+    _only_xla(keywords, "asymmetric_loss")
+    call = prepare(logits, labels, **keywords)
+    element = call.elements()
+    values = _reference.asymmetric_loss(
+        element,
+        call.of_class("gamma_neg", gamma_neg),
+        call.of_class("gamma_pos", gamma_pos),
+        call.of_class("clip", clip),
+        stop_gradient_weight,
+    )
+    return call.total(element.weighted(values))
+
+
+def loss_from_probs(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike | None = None,
+    log_epsilon: ArrayLike = 0.0,
+    pos_weight: ArrayLike | None = None,
+    **keywords: Unpack[Keywords],
+) -> Array:
+    r"""Binary cross-entropy of probabilities, for a model that offers nothing else.
+
+    .. math:: l = -q y \log(p + \delta) - (1 - y) \log(1 - p + \delta)
+
+    Where p is a rounded sigmoid, the logit's tails are lost already: prefer `loss`, or `logits_of`
+    the model.
+
+    Args:
+      probs: probabilities p in [0, 1], of a floating-point dtype; NaN outside, unless clipped.
+      labels: as for `loss`.
+      epsilon: None: the logarithms are exact, and may be infinite. A number: p is clipped to
+        [epsilon, 1 - epsilon] first, in float32 or wider, which also stops the gradient beyond;
+        1e-7 is what Keras 3 does.
+      log_epsilon: added inside both logarithms; 1e-7 for both is what tf.keras 2 does.
+      pos_weight: as for `loss`.
+      **keywords: those of `loss`, but residuals. XLA compiles this loss, so that implementation is
+        None or "xla".
+
+    Returns:
+      The loss, of the shape and dtype that `loss` has.
+
+    Derivatives:
+      With respect to everything that may be traced, to any order, in their argument's dtype.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as `loss` does.
+
+    Source:
+      The definition.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_bce
+      >>> probs, labels = jnp.array([1.0, 1.0, 0.0]), jnp.array([1, 1, 1])
+      >>> for options in {}, {"epsilon": 1e-7}, {"epsilon": 1e-7, "log_epsilon": 1e-7}:
+      ...     print(jax_bce.loss_from_probs(probs, labels, **options))
+      inf
+      5.372699
+      5.1416497
+    """
+    _only_xla(keywords, "loss_from_probs")
+    call = prepare(probs, labels, pos_weight=pos_weight, name="probs", **keywords)
+    element = call.elements(absent=0.5)
+    bound = None if epsilon is None else call.of_class("epsilon", epsilon)
+    values = _reference.loss_of_probabilities(
+        element, bound, call.of_class("log_epsilon", log_epsilon)
+    )
+    return call.total(element.weighted(values))
+
+
+def grad_and_hess(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    hess_floor: ArrayLike = 0.0,
+) -> tuple[Array, Array]:
+    r"""The first and second derivative of each element's loss, for boosting, Newton and Laplace.
+
+    .. math:: g = w \left((1 - y) \sigma(x) - q y \sigma(-x)\right), \quad
+              h = w \max\left((q y + 1 - y) \sigma(x) \sigma(-x), \text{floor}\right)
+
+    Args:
+      logits: as for `loss`.
+      labels: as for `loss`.
+      weight: as for `loss`.
+      sample_weight: as for `loss`.
+      pos_weight: as for `loss`.
+      hess_floor: the least second derivative before weights, at least 0; XGBoost takes 1e-16.
+
+    Returns:
+      The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each of the
+      logits' shape and dtype. The Hessian falls with exp(-|x|), and is 0 beyond |x| = 87 (in
+      float32), where XLA flushes it.
+
+    Derivatives:
+      As those of `loss`.
+
+    Raises:
+      TypeError, ValueError: as `loss` does.
+
+    Source:
+      The derivation stands in ``csrc/bce_math.h``.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_bce
+      >>> gradient, hessian = jax_bce.grad_and_hess(jnp.array([0.0, 1.0]), jnp.array([0, 1]))
+      >>> print(gradient, hessian)
+      [ 0.5        -0.26894143] [0.25       0.19661194]
+    """
+    call = prepare(
+        logits,
+        labels,
+        weight=weight,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        reduction="none",
+    )
+    _, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
+    element = call.elements()
+    hessian = jnp.maximum(
+        _reference.element_hessian(element), call.of_class("hess_floor", hess_floor)
+    )
+    hessian = jnp.broadcast_to(element.weighted(hessian), call.shape)
+    return gradient, hessian.astype(gradient.dtype)
