@@ -17,7 +17,7 @@ newest := 3.13 jax jaxlib
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
-test: $(VENV)/.test $(VENV)/.cuda_plugin
+test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
 
 # Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
@@ -35,7 +35,7 @@ exhaustive: $(VENV)/.test
 	$(RUN) tests/exhaustive.py
 
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
-bench: $(VENV)/.bench
+bench: $(VENV)/.torch
 	$(RUN) benchmarks/bench.py $(BENCH)
 
 # On a machine with an NVIDIA GPU, with the packages of $(PYTHON) and no network: builds, runs every
@@ -84,9 +84,10 @@ $(VENV)/.cuda_plugin: $(VENV)/.test
 	  --target $(VENV)/cuda_plugin jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	touch $@
 
-# A peer of the benchmark alone: its wheel may bring CUDA libraries of several GB. TORCH= leaves it out.
+# A peer of the benchmark and of tests/conformance alone: its wheel may bring CUDA libraries of several
+# GB. TORCH= leaves it out.
 TORCH ?= torch==2.13.0
-$(VENV)/.bench: $(VENV)/.test
+$(VENV)/.torch: $(VENV)/.test
 	$(if $(TORCH),$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH))
 	touch $@
 

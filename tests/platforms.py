@@ -5,6 +5,7 @@ an NVIDIA GPU. Imported before JAX: what XLA reads when it starts is set here.
 """
 
 import functools
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ def missing(name: str) -> str | None:
     """Why nothing can be tested on a platform, or with a tool; None if it can."""
     if name == "nvcc":
         return None if shutil.which("nvcc") else "nvcc is not on the PATH"
+    if name == "torch":
+        found = importlib.util.find_spec("torch")
+        return None if found else "PyTorch is not installed (the Makefile's TORCH)"
     try:
         if name == "gpu-compiler":
             import gpu_compiler

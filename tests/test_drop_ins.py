@@ -1,0 +1,258 @@
+"""jax_bce.optax and jax_bce.torch_like: shapes, dtypes, denominators and errors as their peers have
+them, and results that are those of the functions they call, bit for bit.
+
+tests/conformance compares them with the peers themselves.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import platforms
+import pytest
+from oracle import BFLOAT16, FLOAT16
+
+import jax_bce
+from jax_bce import optax, torch_like
+
+LOGITS = np.array([[-20.0, -1.5, 0.0], [0.25, 3.0, 20.0]], np.float32)
+LABELS = np.array([[0, 1, 1], [0, 1, 0]], np.uint8)
+WEIGHT = np.array([[2.0], [0.5]], np.float32)
+POS_WEIGHT = np.array([1.0, 3.0, 0.25], np.float32)
+
+OPTAX = [optax.sigmoid_binary_cross_entropy, optax.sigmoid_focal_loss]
+TORCH = [torch_like.binary_cross_entropy_with_logits, torch_like.sigmoid_focal_loss]
+
+
+def name_of(function: Callable) -> str:
+    return f"{function.__module__}.{function.__name__}".removeprefix("jax_bce.")
+
+
+every = pytest.mark.parametrize("function", OPTAX + TORCH, ids=name_of)
+of_optax = pytest.mark.parametrize("function", OPTAX, ids=name_of)
+of_torch = pytest.mark.parametrize("function", TORCH, ids=name_of)
+
+
+def elementwise(function: Callable) -> Callable:
+    return partial(function, reduction="none") if function in TORCH else function
+
+
+def test_peers_are_not_imported() -> None:
+    code = (
+        "import sys\n"
+        "from jax_bce import optax, torch_like\n"
+        "assert not {'optax', 'torch', 'torchvision', 'keras'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    subprocess.run(command, cwd="/", env=platforms.environment("cpu"), check=True)
+
+
+# A call with its arguments in the peer's order, and the one that it is.
+SAME = [
+    (OPTAX[0], (), {}, jax_bce.loss, {"reduction": "none"}),
+    (OPTAX[1], (), {}, jax_bce.focal_loss, {"gamma": 2.0, "reduction": "none"}),
+    (
+        *(OPTAX[1], (), {"alpha": 0.75, "gamma": 1.5}),
+        *(jax_bce.focal_loss, {"alpha": 0.75, "gamma": 1.5, "reduction": "none"}),
+    ),
+    (TORCH[0], (), {}, jax_bce.loss, {"reduction": "mean"}),
+    (
+        *(TORCH[0], (WEIGHT, "sum", POS_WEIGHT), {}),
+        *(jax_bce.loss, {"weight": WEIGHT, "reduction": "sum", "pos_weight": POS_WEIGHT}),
+    ),
+    (TORCH[1], (), {}, jax_bce.focal_loss, {"alpha": 0.25, "gamma": 2.0, "reduction": "none"}),
+    (TORCH[1], (0.75, 1.5, "mean"), {}, jax_bce.focal_loss, {"alpha": 0.75, "gamma": 1.5}),
+    (TORCH[1], (-1, 0, "sum"), {}, jax_bce.loss, {"reduction": "sum"}),
+]
+
+
+@pytest.mark.parametrize(("function", "positional", "named", "behind", "keywords"), SAME)
+def test_one_call_of_the_function_behind(
+    platform: str,
+    function: Callable,
+    positional: tuple,
+    named: dict,
+    behind: Callable,
+    keywords: dict,
+) -> None:
+    actual = function(LOGITS, LABELS, *positional, **named)
+    oracle.assert_same_bits(actual, behind(LOGITS, LABELS, **keywords))
+
+
+@every
+def test_dtype_of_the_result(platform: str, function: Callable, dtype: np.dtype) -> None:
+    """The logits', whatever that of the labels."""
+    for labels in (LABELS, LABELS.astype(np.float32), LABELS.astype(bool)):
+        assert elementwise(function)(LOGITS.astype(dtype), labels).dtype == dtype
+
+
+@of_torch
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_dtype_of_a_reduced_loss(
+    platform: str, function: Callable, dtype: np.dtype, reduction: str
+) -> None:
+    """PyTorch's: the sum itself is wider, and rounded once."""
+    logits = LOGITS.astype(dtype)
+    loss = function(logits, LABELS, reduction=reduction)
+    wide = function(logits.astype(oracle.arithmetic_dtype(dtype)), LABELS, reduction=reduction)
+    oracle.assert_same_bits(loss, wide.astype(dtype))
+
+
+SHAPES = [
+    ((2, 3), (3,)),
+    ((3,), (2, 3)),
+    ((2, 1), (3,)),
+    ((2, 1), (1, 3)),
+    ((), (3,)),
+    ((0,), (1,)),
+]
+
+
+@of_optax
+@pytest.mark.parametrize(("logits_shape", "labels_shape"), SHAPES, ids=str)
+def test_optax_broadcasts(
+    platform: str, function: Callable, logits_shape: tuple, labels_shape: tuple
+) -> None:
+    logits = np.linspace(-3, 5, int(np.prod(logits_shape)), dtype=np.float32).reshape(logits_shape)
+    labels = np.arange(np.prod(labels_shape), dtype=np.int32).reshape(labels_shape) % 2
+    shape = np.broadcast_shapes(logits_shape, labels_shape)
+    loss, pull = jax.vjp(lambda x: function(x, labels), logits)
+    assert loss.shape == shape
+    oracle.assert_same_bits(
+        loss, function(np.broadcast_to(logits, shape), np.broadcast_to(labels, shape))
+    )
+    assert pull(jnp.ones_like(loss))[0].shape == logits_shape
+
+
+@of_optax
+def test_one_label_for_all(platform: str, function: Callable) -> None:
+    oracle.assert_same_bits(function(LOGITS, 1), function(LOGITS, np.ones_like(LOGITS)))
+
+
+def test_one_label_for_all_is_read_in_place() -> None:
+    """Nothing of the logits' shape is formed but the losses."""
+    program = jax.make_jaxpr(optax.sigmoid_binary_cross_entropy)(LOGITS, np.float32(1))
+    formed = [v.aval.shape for equation in program.eqns for v in equation.outvars]
+    assert formed.count(LOGITS.shape) == 1
+
+
+@of_optax
+def test_shapes_that_do_not_broadcast(function: Callable) -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2,\)"):
+        function(LOGITS, LABELS[:, 0])
+
+
+@of_torch
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (6,), (3, 2)], ids=str)
+def test_target_of_another_shape(function: Callable, shape: tuple[int, ...]) -> None:
+    """Not even a scalar, which `jax_bce.loss` takes."""
+    names = "targets.*inputs" if function is torch_like.sigmoid_focal_loss else "target.*input"
+    with pytest.raises(ValueError, match=names) as error:
+        function(LOGITS, np.zeros(shape, np.float32))
+    assert str(shape) in str(error.value)
+    assert str(LOGITS.shape) in str(error.value)
+
+
+@of_torch
+@pytest.mark.parametrize("reduction", ["batchmean", "", None])
+def test_unknown_reduction(function: Callable, reduction: object) -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        function(LOGITS, LABELS, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2, 3), (5, 2, 3)], ids=str)
+def test_weight_that_does_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
+    """Nor may it make the loss larger than the input, which is an error in PyTorch, too."""
+    with pytest.raises(ValueError, match=name):
+        torch_like.binary_cross_entropy_with_logits(LOGITS, LABELS, **{name: np.ones(shape)})
+
+
+@every
+def test_logits_that_are_no_floats(function: Callable) -> None:
+    with pytest.raises(TypeError, match=r"logits.*int32"):
+        function(LOGITS.astype(np.int32), LABELS)
+
+
+def test_deprecated_arguments_of_pytorch() -> None:
+    """By position they cannot be taken for others without an error."""
+    function = torch_like.binary_cross_entropy_with_logits
+    with pytest.raises(TypeError, match="size_average"):
+        function(LOGITS, LABELS, size_average=True)
+    with pytest.raises(ValueError, match="reduction"):
+        function(LOGITS, LABELS, None, True)
+    with pytest.raises(TypeError, match="positional"):
+        function(LOGITS, LABELS, None, None, None, "mean")
+
+
+@of_torch
+def test_mean_of_nothing(platform: str, function: Callable) -> None:
+    nothing = np.zeros((0, 3), np.float32)
+    loss, gradient = jax.value_and_grad(partial(function, reduction="mean"))(nothing, nothing)
+    assert loss == 0
+    assert gradient.shape == (0, 3)
+
+
+def test_mean_is_over_elements_whatever_their_weight(platform: str) -> None:
+    function = torch_like.binary_cross_entropy_with_logits
+    ones = np.ones_like(LABELS)
+    oracle.assert_same_bits(
+        function(LOGITS, ones, weight=np.float32(2)), 2 * function(LOGITS, ones)
+    )
+    oracle.assert_same_bits(
+        function(LOGITS, ones, pos_weight=np.float32(2)), 2 * function(LOGITS, ones)
+    )
+
+
+def test_alpha_below_zero_weights_neither_class(platform: str) -> None:
+    function = torch_like.sigmoid_focal_loss
+    neither = jax_bce.focal_loss(LOGITS, LABELS, reduction="none")
+    for alpha in (-1, -0.5, np.float32(-1), jnp.float32(-1)):
+        oracle.assert_same_bits(function(LOGITS, LABELS, alpha), neither)
+    for alpha in (0, 0.0):  # the positive class weighs nothing
+        assert not np.asarray(function(LOGITS, LABELS, alpha))[LABELS == 1].any()
+
+
+def test_traced_numbers_compile_once(platform: str) -> None:
+    traced = []
+
+    @jax.jit
+    def loss(alpha: jax.Array, gamma: jax.Array) -> jax.Array:
+        traced.append(None)
+        return torch_like.sigmoid_focal_loss(LOGITS, LABELS, alpha, gamma)
+
+    for alpha, gamma in ((0.25, 2.0), (0.75, 1.0)):
+        expected = jax_bce.focal_loss(LOGITS, LABELS, alpha=alpha, gamma=gamma, reduction="none")
+        np.testing.assert_allclose(loss(alpha, gamma), expected, rtol=oracle.SURROUNDINGS)
+    assert len(traced) == 1
+
+
+@every
+def test_transformations(platform: str, function: Callable) -> None:
+    """jit, vmap and grad, all at once, are rows one by one."""
+
+    def of_row(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(elementwise(function)(x, y))
+
+    gradient = jax.jit(jax.vmap(jax.grad(of_row)))(LOGITS, LABELS)
+    rows = [jax.grad(of_row)(x, y) for x, y in zip(LOGITS, LABELS, strict=True)]
+    np.testing.assert_allclose(gradient, np.stack(rows), rtol=oracle.SURROUNDINGS)
+
+
+@every
+def test_lists_and_numbers(platform: str, function: Callable) -> None:
+    oracle.assert_same_bits(function(LOGITS.tolist(), LABELS.tolist()), function(LOGITS, LABELS))
+    assert function(0.0, 1).shape == ()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_labels_are_not_rounded(platform: str, dtype: np.dtype) -> None:
+    """0.999 has digits that 16 bits have not: the loss at logit 100 is 0.1."""
+    logits, labels = np.full(4, 100, dtype), np.full(4, 0.999, np.float32)
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+    oracle.assert_same_bits(losses, oracle.round_to(oracle.exact(logits, labels).loss, dtype))
