@@ -122,6 +122,16 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (operands[i]->type != arithmetic)
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
 
+  // A sum of one element is that element, which is faster in one long row.
+  if (auto sum = results.get<ffi::AnyBuffer>(0); loss && sum.has_value()) {
+    int64_t summed = 1;
+    for (const ffi::AnyBuffer& buffer : buffers)
+      for (int64_t d = rank - reduced_rank; d < rank && buffer.dimensions().size() > 0; ++d)
+        if (buffer.dimensions()[d] != 1) summed = buffer.dimensions()[d];
+    const bool wider = (*sum)->element_type() == ffi::DataType::F64 && arithmetic != Type::kF64;
+    if (summed == 1 && !wider) reduced_rank = 0;
+  }
+
   // From the last dimension to the first; adjacent ones that every operand steps through alike
   // become one. Dimension 0 here is the row: what is reduced, if anything is.
   int merged = 1, last = 0;
