@@ -301,6 +301,7 @@ const To* load(const Modifier& modifier, int64_t element, int size, To* buffer, 
     if constexpr (std::is_same_v<Stored, To>) {
       if (whole && stride == 1 && size == kTile) return data + modifier.offset(element);
     }
+    for (int i = size; i % kSumLanes; ++i) buffer[i] = 0;
     for (int done = 0; done < size; ++outer, position = 0) {
       const int64_t rest = inner - position;
       const int run = rest < size - done ? static_cast<int>(rest) : size - done;
@@ -528,80 +529,93 @@ class Evaluation {
   // Loads the modifiers of a tile, and puts a harmless element in the place of one that does not
   // exist. Returns whether there is any that does.
   bool modify(int64_t done, int filled) {
+    using V = Vector<Scalar>;
     const int64_t element = result_start_ + done;
     const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
+    bool constant;
+    const auto numbers = [&](ModifierName name, Scalar* buffer) {
+      return load(problem_.modifiers[name], element, filled, buffer, &constant);
+    };
     alignas(64) Scalar keep[kTile], buffer[kTile];
-    bool masked = false, constant;
+    bool masked = false;
+    const auto begin_mask = [&] {
+      for (int i = 0; !masked && i < filled; ++i) keep[i] = 1;
+      masked = true;
+    };
     if (given(kWhere)) {
-      load(problem_.modifiers[kWhere], element, filled, keep, &constant);
+      numbers(kWhere, keep);
       if (constant && keep[0] == 0) return false;
       masked = !constant;
     }
     if (given(kIgnoreLabel)) {
-      if (!masked)
-        for (int i = 0; i < filled; ++i) keep[i] = 1;
+      begin_mask();
       ignore(done, filled, keep);
-      masked = true;
     }
     if (scale_stream_.stride) {
-      for (int i = 0; i < filled; ++i) keep[i] = tile_.factors[i] != 0 && (!masked || keep[i] != 0);
-      masked = true;
+      begin_mask();
+      for (int i = 0; i < filled; ++i) keep[i] = tile_.factors[i] == 0 ? 0 : keep[i];
     }
     if (given(kWeight) || given(kSampleWeight)) {
-      const ModifierName first = given(kWeight) ? kWeight : kSampleWeight;
-      const Scalar* weight = load(problem_.modifiers[first], element, filled, buffer, &constant);
+      const Scalar* weight = numbers(given(kWeight) ? kWeight : kSampleWeight, buffer);
       std::memcpy(tile_.weight, weight, filled * sizeof(Scalar));
       if (given(kWeight) && given(kSampleWeight)) {
-        const Scalar* other =
-            load(problem_.modifiers[kSampleWeight], element, filled, buffer, &constant);
-        for (int i = 0; i < filled; ++i) {
-          const Scalar product = tile_.weight[i] * other[i];
-          tile_.weight_low[i] = std::fma(tile_.weight[i], other[i], -product);
-          tile_.weight[i] = product;
-        }
+        const Scalar* other = numbers(kSampleWeight, buffer);
+        for_each_vector<V>(tile_.size, [&](int i) {
+          const auto a = V::load(tile_.weight + i), b = V::load(other + i);
+          V::store(tile_.weight + i, a * b);
+          V::store(tile_.weight_low + i, V::fma(a, b, -(a * b)));
+        });
       }
     } else {
-      for (int i = 0; i < filled; ++i) tile_.weight[i] = 1;
+      for (Scalar& weight : tile_.weight) weight = 1;
     }
-    if (given(kPosWeight))
-      tile_.pos_weight =
-          load(problem_.modifiers[kPosWeight], element, filled, pos_weight_, &constant);
+    if (given(kPosWeight)) tile_.pos_weight = numbers(kPosWeight, pos_weight_);
     if (!masked) return true;
 
-    bool any = false;
-    for (int i = 0; i < filled; ++i) any |= keep[i] != 0;
-    if (!any) return false;
-    for (int i = 0; i < filled; ++i) {
-      const bool kept = keep[i] != 0;
-      logits_[i] = kept ? tile_.logits[i] : 0;
-      labels_[i] = kept ? tile_.labels[i] : 0;
-      tile_.weight[i] = kept ? tile_.weight[i] : 0;
-      tile_.weight_low[i] = kept ? tile_.weight_low[i] : 0;
-      pos_weight_[i] = kept ? tile_.pos_weight[i] : 1;
-    }
-    tile_.pos_weight = pos_weight_;
-    for (int i = filled; i < tile_.size; ++i) logits_[i] = labels_[i] = 0;
+    for (int i = filled; i < tile_.size; ++i) keep[i] = 0;
+    typename V::Float kept = {};
+    for_each_vector<V>(tile_.size, [&](int i) {
+      const auto keeps = V::load(keep + i), zero = V::set(0);
+      const auto select = [&](Scalar* to, const Scalar* from, typename V::Float otherwise) {
+        V::store(to + i, V::select(keeps != zero, V::load(from + i), otherwise));
+      };
+      kept += keeps;
+      select(logits_, tile_.logits, zero);
+      select(labels_, tile_.labels, zero);
+      select(tile_.weight, tile_.weight, zero);
+      select(tile_.weight_low, tile_.weight_low, zero);
+      select(pos_weight_, tile_.pos_weight, V::set(1));
+    });
     tile_.logits = logits_;
     tile_.labels = labels_;
-    return true;
+    tile_.pos_weight = pos_weight_;
+    bool any = false;
+    for (int i = 0; i < V::kLanes; ++i) any |= kept[i] != 0;
+    return any;
   }
 
   // Takes away the elements whose label, as stored, is to be ignored.
   void ignore(int64_t done, int filled, Scalar* keep) {
     const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
-    dispatch(problem_.labels.type, [&](auto* type) {
+    const int64_t element = result_start_ + done;
+    const bool one = modifier.rank == 1 && modifier.strides[0] == 0;
+    dispatch(modifier.type, [&](auto* type) {
       using Stored = std::remove_pointer_t<decltype(type)>;
+      const Stored* ignored = static_cast<const Stored*>(modifier.data);
+      if constexpr (sizeof(Stored) < sizeof(Scalar) || std::is_same_v<Stored, Scalar>) {
+        if (one) {  // the arithmetic's type holds them all
+          const Scalar other = convert<Scalar>(*ignored);
+          for (int i = 0; i < filled; ++i) keep[i] = tile_.labels[i] == other ? 0 : keep[i];
+          return;
+        }
+      }
       const Stored* labels = static_cast<const Stored*>(problem_.labels.data) +
                              labels_stream_.start + done * labels_stream_.stride;
-      const Stored* ignored = static_cast<const Stored*>(modifier.data);
-      const int64_t element = result_start_ + done;
       for (int i = 0; i < filled; ++i) {
         const Stored label = labels[labels_stream_.stride ? i : 0];
-        const Stored other = ignored[modifier.offset(element + i)];
-        if constexpr (std::is_class_v<Stored>)
-          keep[i] = convert<float>(label) == convert<float>(other) ? 0 : keep[i];
-        else
-          keep[i] = label == other ? 0 : keep[i];
+        const Stored other = ignored[one ? 0 : modifier.offset(element + i)];
+        using Exact = std::conditional_t<std::is_class_v<Stored>, float, Stored>;
+        keep[i] = convert<Exact>(label) == convert<Exact>(other) ? 0 : keep[i];
       }
     });
   }

@@ -6,8 +6,9 @@
 // all training has: aligned, labels 0 or 1, no smoothing. From the first exception on a general
 // loop goes on, so that the order stays.
 //
-// A kernel is compiled for each logits dtype and each width of a label. Everything else, the
-// labels' dtype among it, is the same for all threads and decided while the kernel runs.
+// A kernel is compiled for each logits dtype and each width of a label, and once more for each
+// logits dtype with the modifiers that a problem may have. Everything else, the labels' dtype among
+// it, is the same for all threads and decided while the kernel runs.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -131,6 +132,20 @@ __device__ Scalar number_at(const void* data, Type type, int64_t i) {
       return label_of<Scalar>(type, static_cast<const uint32_t*>(data)[i]);
     default:
       return label_of<Scalar>(type, static_cast<const uint64_t*>(data)[i]);
+  }
+}
+
+// Whether two numbers of a type are equal, as they are stored.
+__device__ bool same_number(Type type, const void* a, int64_t i, const void* b, int64_t j) {
+  switch (type) {
+    case Type::kI32:
+      return static_cast<const int32_t*>(a)[i] == static_cast<const int32_t*>(b)[j];
+    case Type::kI64:
+      return static_cast<const int64_t*>(a)[i] == static_cast<const int64_t*>(b)[j];
+    case Type::kF64:
+      return static_cast<const double*>(a)[i] == static_cast<const double*>(b)[j];
+    default:  // of which float32 holds all
+      return number_at<float>(a, type, i) == number_at<float>(b, type, j);
   }
 }
 
@@ -321,6 +336,9 @@ __device__ void finish_row(const Problem& problem, int64_t row, int64_t scale_st
     static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
 }
 
+// Instead of the type of labels: they have any, and the problem is modified.
+struct Any {};
+
 // What one thread evaluates of a group, which begins in the row at `begin`.
 template <class Logit, class Label>
 class Share {
@@ -356,9 +374,14 @@ class Share {
       }
       return 0;
     }
-    if (is_plain()) evaluate_plain();
+    if constexpr (std::is_same_v<Label, Any>) {
 #pragma unroll 1
-    for (; left_ > 0; advance(32)) evaluate_quad();
+      for (; left_ > 0; advance(32)) evaluate_modified();
+    } else {
+      if (is_plain()) evaluate_plain();
+#pragma unroll 1
+      for (; left_ > 0; advance(32)) evaluate_quad();
+    }
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
     return (high_[0] + high_[2]) + (high_[1] + high_[3]);
@@ -367,9 +390,6 @@ class Share {
  private:
   using L = Lane<Scalar>;
   static constexpr bool kNarrow = sizeof(Logit) == 2;
-  // Evaluated together, while as many more are on their way: some 20 KiB on a multiprocessor.
-  static constexpr int kQuads = sizeof(Logit) == 8 || sizeof(Label) == 8 ? 1 : kNarrow ? 4 : 2;
-
   // The sign bits of four numbers, or of two pairs of 16-bit ones.
   struct Signs {
     std::conditional_t<kNarrow, uint32_t, typename L::Bits> bits[kNarrow ? 2 : kQuad];
@@ -399,9 +419,8 @@ class Share {
     const auto fits = [](const Result& result) {
       return !result.data || result.type == kTypeOf<Logit>;
     };
-    bool usual = !problem_.modified && is_broadcast(problem_.scale) &&
-                 is_broadcast(problem_.smoothing) && fits(problem_.gradient) &&
-                 (problem_.reduce || fits(problem_.loss));
+    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing) &&
+                 fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
     if constexpr (kNarrow) {
       const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_));
       usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
@@ -422,6 +441,9 @@ class Share {
 
   // Evaluates quads as long as they are whole, in the common range, and their labels 0 or 1.
   __device__ void evaluate_plain() {
+    // Evaluated together, while as many more are on their way: some 20 KiB on a multiprocessor.
+    constexpr bool kWide = sizeof(Logit) == 8 || sizeof(Label) == 8;
+    constexpr int kQuads = kWide ? 1 : kNarrow ? 4 : 2;
     const Scalar divisor = L::reciprocal(factor_);
     const Label one = one_of<Label>(problem_.labels.type);
     constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
@@ -560,33 +582,22 @@ class Share {
       smoothing[c] = c < left_ ? smoothing_ : 0;
       factor[c] = factor_;
       if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
-      if (c < left_ && !is_broadcast(problem_.scale)) factor[c] = factor_at(column + c);
     }
-    const bool modified = problem_.modified || !is_broadcast(problem_.scale);
-    if (kNarrow || modified) {
+    if constexpr (kNarrow) {
       Scalar loss[kQuad] = {}, gradient[kQuad] = {};
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         const auto keep = [&](const Result& result, const Scalar* value) {
           (&result == &problem_.loss ? loss : gradient)[c] = *value;
         };
-        if (modified) {
-          if (c < left_)
-            evaluate_modified(c, labels.get(c), x[c], y[c], smoothing[c], factor[c], keep);
-          continue;
-        }
         // By its own value, so that an element has the same bits beside any other.
-        if constexpr (kNarrow) {
-          if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1) {
-            evaluate_soft(c, x[c], y[c], keep);
-            continue;
-          }
-        }
-        evaluate_wide<false, false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c,
-                                       keep);
+        if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
+          evaluate_soft(c, x[c], y[c], keep);
+        else
+          evaluate_wide<false, false, 1>(c, x + c, y + c, smoothing + c, factor + c, factor + c,
+                                         keep);
       }
-      if (with_loss() && !problem_.reduce) store(problem_.loss, result_, left_, loss);
-      if (with_gradient()) store(problem_.gradient, result_, left_, gradient);
+      store_results(loss, gradient);
     } else {
       evaluate_wide<false, false, kQuad>(0, x, y, smoothing, factor, factor,
                                          [&](const Result& result, const Scalar* values) {
@@ -595,10 +606,30 @@ class Share {
     }
   }
 
-  // One element with its modifiers, or, in the place of one that does not exist, a harmless one.
+  __device__ void store_results(const Scalar* loss, const Scalar* gradient) {
+    if (with_loss() && !problem_.reduce) store(problem_.loss, result_, left_, loss);
+    if (with_gradient()) store(problem_.gradient, result_, left_, gradient);
+  }
+
+  // The next four elements with their modifiers, as far as they exist.
+  __device__ void evaluate_modified() {
+    const auto logits = load(logits_, is_broadcast(problem_.logits), left_, Logit());
+    const int64_t column = result_ - row_ * problem_.columns();
+    Scalar loss[kQuad] = {}, gradient[kQuad] = {};
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      if (c < left_)
+        evaluate_modified(c, convert(logits.get(c)), column + c,
+                          [&](const Result& result, const Scalar* value) {
+                            (&result == &problem_.loss ? loss : gradient)[c] = *value;
+                          });
+    }
+    store_results(loss, gradient);
+  }
+
+  // One of them, or, in the place of one that does not exist, a harmless one.
   template <class Keep>
-  __device__ void evaluate_modified(int c, Label stored, Scalar x, Scalar y, Scalar smoothing,
-                                    Scalar factor, const Keep& keep) {
+  __device__ void evaluate_modified(int c, Scalar x, int64_t column, const Keep& keep) {
     const int64_t element = result_ + c;
     const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
     const auto number = [&](ModifierName name) {
@@ -606,15 +637,14 @@ class Share {
       return given(name) ? number_at<Scalar>(modifier.data, modifier.type, modifier.offset(element))
                          : Scalar(1);
     };
-    bool exists = (is_broadcast(problem_.scale) || factor != 0) && number(kWhere) != 0;
-    if (given(kIgnoreLabel)) {
-      const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
-      const Label ignored = static_cast<const Label*>(modifier.data)[modifier.offset(element)];
-      const Type type = problem_.labels.type;
-      exists = exists && (type <= Type::kF64
-                              ? label_of<double>(type, stored) != label_of<double>(type, ignored)
-                              : stored != ignored);
-    }
+    const Operand& labels = problem_.labels;
+    const int64_t label = start_.labels + (is_broadcast(labels) ? 0 : column);
+    Scalar y = number_at<Scalar>(labels.data, labels.type, label), factor = factor_;
+    if (!is_broadcast(problem_.scale)) factor = factor_at(column);
+    bool exists = factor != 0 && number(kWhere) != 0;
+    if (const Modifier& ignored = problem_.modifiers[kIgnoreLabel]; ignored.data)
+      exists = exists &&
+               !same_number(labels.type, labels.data, label, ignored.data, ignored.offset(element));
     Pair<Scalar> weight = {0, 0};
     Scalar pos_weight = 1;
     if (exists) {
@@ -623,6 +653,7 @@ class Share {
     } else {
       x = y = 0;
     }
+    const Scalar smoothing = is_broadcast(problem_.smoothing) ? smoothing_ : smoothing_at(column);
     const Weight<Scalar> own = weight_of<L>(weight, pos_weight, y, smoothing);
     factor *= own.weight.high;
     evaluate_wide<false, true, 1>(c, &x, &y, &smoothing, &factor, &factor, keep, own);
@@ -792,6 +823,8 @@ cudaError_t launch_for(const Problem& problem, double* workspace, CUstream_st* s
 
 template <class Logit>
 cudaError_t launch_for(const Problem& problem, double* workspace, CUstream_st* stream) {
+  if (problem.modified || problem.scale.strides[problem.rank - 1] != 0)
+    return launch_for<Logit, Any>(problem, workspace, stream);
   switch (problem.labels.type) {
     case Type::kBool:
     case Type::kI8:
