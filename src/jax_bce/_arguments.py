@@ -37,6 +37,12 @@ class Keywords(TypedDict, total=False):
     implementation: str | None
 
 
+def only_known(function: str, keywords: Keywords) -> None:
+    """Python's own error where keywords have a type, but no check."""
+    for name in keywords.keys() - Keywords.__annotations__.keys():
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 class Call(NamedTuple):
     """A validated call: the primitive's operands and parameters, with the summed axes last."""
 
@@ -173,7 +179,9 @@ def _trailing(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     ):
         hint = "one number, or one for each of the last axis"
         if array.shape == shape[: array.ndim] and array.ndim:
-            hint = "for one number a sample, use sample_weight"
+            ones = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
+            hint = f"for one number a sample, {name}[{ones}]"
+            hint += " or sample_weight" if name == "weight" else ""
         raise ValueError(
             f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: {hint}."
         )

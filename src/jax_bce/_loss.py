@@ -6,7 +6,7 @@ from typing import Unpack
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_bce._arguments import Keywords, one_of, prepare
+from jax_bce._arguments import Keywords, one_of, only_known, prepare
 from jax_bce._derivatives import recompute
 from jax_bce._primitive import bce, spread_like
 
@@ -60,7 +60,8 @@ def loss(
         it is used.
       where: bool, aligned as sample_weight is, or of the logits' shape. What is False does not
         exist: whatever its logit, label and weights are, also NaN, nothing of them is seen, and
-        their gradients are 0.
+        their gradients are 0. (A model that made NaN of NaN multiplies those zeros by NaN: put
+        numbers into what it reads.)
       ignore_label: elements whose label, before smoothing, is this number do not exist either.
       reduction: "mean", the sum divided by the number of elements that exist; "weighted_mean",
         divided by the sum of their weight and sample_weight; "sum"; or "none". Sums are accumulated
@@ -89,8 +90,9 @@ def loss(
       losses and gradients are within 1 ulp of the exact value for every logit and labels 0 and 1:
       neither has a floor, neither is rounded to zero in the tails. An infinite logit gives the
       limit (0, or an infinite loss with a finite gradient), NaN gives NaN; a weight of 0 wins over
-      an infinite loss. XLA's own arithmetic (``implementation="xla"``) flushes subnormal results to
-      zero. A tangent of a dropped element is multiplied by 0: in forward mode it must be finite.
+      an infinite loss. XLA's own arithmetic (``implementation="xla"``, and the product with the
+      cotangent where a gradient is not compiled) flushes subnormal results to zero. A tangent of a
+      dropped element is multiplied by 0: in forward mode it must be finite.
 
     Several devices:
       Operands that are spread over a mesh stay there: each device evaluates its own elements. XLA
@@ -178,6 +180,7 @@ def loss_and_grad(
       >>> print(value, gradient)
       20.0 [2.0611537e-09 1.0000000e+00]
     """
+    only_known("loss_and_grad", keywords)
     call = prepare(logits, labels, pos_weight=pos_weight, **keywords)
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     gradient = call.in_place(spread_like(gradient, call.operands[0]))

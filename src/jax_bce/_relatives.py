@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce import _reference
-from jax_bce._arguments import Keywords, prepare
+from jax_bce._arguments import Keywords, only_known, prepare
 from jax_bce._loss import loss
 from jax_bce._primitive import bce
 
@@ -22,7 +22,7 @@ def _is_zero(value: ArrayLike) -> bool:
     return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(value == 0)
 
 
-def _only_xla(keywords: Keywords, name: str) -> None:
+def _only_xla(name: str, keywords: Keywords) -> None:
     if keywords.get("implementation") not in (None, "xla"):
         raise RuntimeError(
             f"implementation={keywords['implementation']!r} is not available for {name}, which has "
@@ -76,9 +76,10 @@ def focal_loss(
       >>> print(jax_bce.focal_loss(jnp.array([1.0, 1.0]), jnp.array([1, 0]), reduction="none"))
       [0.02265805 0.70186836]
     """
+    only_known("focal_loss", keywords)
     if alpha is None and _is_zero(gamma):
         return loss(logits, labels, **keywords)
-    _only_xla(keywords, "focal_loss")
+    _only_xla("focal_loss", keywords)
     call = prepare(logits, labels, **keywords)
     element = call.elements()
     balance = None if alpha is None else call.of_class("alpha", alpha)
@@ -137,9 +138,10 @@ def asymmetric_loss(
       >>> print(jax_bce.asymmetric_loss(logits, labels, reduction="none"))
       [0.24586026 0.08424903 0.        ]
     """
+    only_known("asymmetric_loss", keywords)
     if all(map(_is_zero, (gamma_neg, gamma_pos, clip))):
         return loss(logits, labels, **keywords)
-    _only_xla(keywords, "asymmetric_loss")
+    _only_xla("asymmetric_loss", keywords)
     call = prepare(logits, labels, **keywords)
     element = call.elements()
     values = _reference.asymmetric_loss(
@@ -200,7 +202,8 @@ def loss_from_probs(
       5.372699
       5.1416497
     """
-    _only_xla(keywords, "loss_from_probs")
+    only_known("loss_from_probs", keywords)
+    _only_xla("loss_from_probs", keywords)
     call = prepare(probs, labels, pos_weight=pos_weight, name="probs", **keywords)
     element = call.elements(absent=0.5)
     bound = None if epsilon is None else call.of_class("epsilon", epsilon)

@@ -1,0 +1,141 @@
+"""What weights, masks and the related losses cost on a CPU, in one run.
+
+    python benchmarks/options.py --rows 4096 --columns 8192 --seconds 30
+
+`value_and_grad` of the mean of float32 logits with uint8 labels, compiled. Every round takes one
+sample of every case, in a rotating order; reported are medians, and the median over the rounds of
+the ratio to the case that each is compared with. `temporary` is what XLA sets aside beside operands
+and results. The process keeps its memory (`bench.py`: "warm").
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from bench import WARM_MEMORY, _processor
+from records import now, versions
+from rich.console import Console
+from rich.table import Table
+
+import jax_bce
+
+Case = tuple[Callable[..., jax.Array], dict[str, jax.Array], str]
+
+
+def multiplied(logits, labels, *, where, pos_weight):
+    """What a user of optax writes."""
+    y = labels.astype(logits.dtype)
+    losses = optax.sigmoid_binary_cross_entropy(logits, y) * (1 + (pos_weight - 1) * y)
+    return jnp.sum(losses * where[:, None]) / (jnp.sum(where) * logits.shape[1])
+
+
+def optax_focal(logits, labels):
+    return jnp.mean(optax.sigmoid_focal_loss(logits, labels.astype(logits.dtype), gamma=2.0))
+
+
+def cases(rows: int, columns: int) -> dict[str, Case]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    pos_weight, weight = jnp.linspace(0.5, 4, columns), jnp.linspace(0.1, 2, columns)
+    sample_weight = jax.random.uniform(keys[0], rows)
+    row_mask = jax.random.bernoulli(keys[1], 0.8, rows)
+    mask = jax.random.bernoulli(keys[2], 0.9, (rows, columns))
+    both = {"pos_weight": pos_weight, "where": row_mask}
+    loss, plain = jax_bce.loss, "unweighted"
+    return {
+        plain: (loss, {}, plain),
+        "pos_weight (C,)": (loss, {"pos_weight": pos_weight}, plain),
+        "row mask": (loss, {"where": row_mask}, plain),
+        "pos_weight (C,), row mask": (loss, both, plain),
+        "weight (C,), sample_weight (B,)": (
+            loss,
+            {"weight": weight, "sample_weight": sample_weight},
+            plain,
+        ),
+        "mask (B, C)": (loss, {"where": mask}, plain),
+        "ignore_label": (loss, {"ignore_label": jnp.uint8(2)}, plain),
+        "optax: pos_weight (C,), row mask": (multiplied, both, "pos_weight (C,), row mask"),
+        "focal_loss": (jax_bce.focal_loss, {}, plain),
+        "optax: sigmoid_focal_loss": (optax_focal, {}, "focal_loss"),
+        "asymmetric_loss": (jax_bce.asymmetric_loss, {}, plain),
+    }
+
+
+def measure(
+    found: dict[str, Case], logits: jax.Array, labels: jax.Array, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds a call, one number a round, and bytes of temporaries."""
+    calls, temporary = {}, {}
+    for name, (function, options, _) in found.items():
+        compiled = jax.jit(jax.value_and_grad(function)).lower(logits, labels, **options).compile()
+        temporary[name] = compiled.memory_analysis().temp_size_in_bytes
+        calls[name] = lambda compiled=compiled, options=options: jax.block_until_ready(
+            compiled(logits, labels, **options)
+        )
+        calls[name]()
+    times: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
+    end = time.perf_counter() + seconds
+    while len(times[names[-1]]) < 7 or time.perf_counter() < end:
+        names.append(names.pop(0))
+        for name in names:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return times, temporary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the options of jax_bce on this CPU")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=8192)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--output", type=Path, help="JSON lines")
+    options = parser.parse_args()
+    if not WARM_MEMORY.items() <= os.environ.items():  # which the C library reads when it starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WARM_MEMORY)
+
+    shape = options.rows, options.columns
+    logits = 4 * jax.random.normal(jax.random.key(1), shape)
+    labels = jax.random.bernoulli(jax.random.key(2), 0.3, shape).astype(jnp.uint8)
+    found = cases(*shape)
+    times, temporary = measure(found, logits, labels, options.seconds)
+    table = Table(
+        title=f"value_and_grad of the mean, {shape[0]} x {shape[1]} float32, uint8 labels"
+    )
+    for column in "", "ms", "times", "of", "temporary bytes":
+        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    records = []
+    for name, (_, _, base) in found.items():
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+        milliseconds = statistics.median(times[name]) * 1e3
+        table.add_row(name, f"{milliseconds:.1f}", f"{ratio:.2f}", base, f"{temporary[name]:,}")
+        records.append(
+            {
+                "date": now(),
+                "processor": _processor(),
+                "cores": len(os.sched_getaffinity(0)),
+                "versions": versions(),
+                "shape": shape,
+                "case": name,
+                "rounds": len(times[name]),
+                "median_ms": milliseconds,
+                "compared_with": base,
+                "ratio": ratio,
+                "temporary_bytes": temporary[name],
+            }
+        )
+    Console(width=110).print(table)
+    if options.output:
+        options.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+if __name__ == "__main__":
+    main()
