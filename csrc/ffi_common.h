@@ -122,14 +122,27 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (operands[i]->type != arithmetic)
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
 
+  // The modifiers' shapes have a say, too.
+  std::vector<ffi::AnyBuffer> all(std::begin(buffers), std::end(buffers));
+  for (size_t i = 0; i < more.size(); ++i) {
+    auto buffer = more.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return invalid("an operand is missing");
+    const int64_t dimensions = buffer->dimensions().size();
+    if (dimensions != rank && dimensions != 0)
+      return invalid("a modifier and logits differ in rank");
+    all.push_back(*buffer);
+  }
+  std::vector<int64_t> full(rank, 1);
+  for (const ffi::AnyBuffer& buffer : all)
+    for (int64_t d = 0; d < rank && buffer.dimensions().size() > 0; ++d)
+      if (full[d] == 1) full[d] = buffer.dimensions()[d];
+
   // A sum of one element is that element, which is faster in one long row.
   if (auto sum = results.get<ffi::AnyBuffer>(0); loss && sum.has_value()) {
-    int64_t summed = 1;
-    for (const ffi::AnyBuffer& buffer : buffers)
-      for (int64_t d = rank - reduced_rank; d < rank && buffer.dimensions().size() > 0; ++d)
-        if (buffer.dimensions()[d] != 1) summed = buffer.dimensions()[d];
+    bool one = true;
+    for (int64_t d = rank - reduced_rank; d < rank; ++d) one = one && full[d] == 1;
     const bool wider = (*sum)->element_type() == ffi::DataType::F64 && arithmetic != Type::kF64;
-    if (summed == 1 && !wider) reduced_rank = 0;
+    if (one && !wider) reduced_rank = 0;
   }
 
   // From the last dimension to the first; adjacent ones that every operand steps through alike
@@ -137,21 +150,18 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   int merged = 1, last = 0;
   int64_t shape[kMaxRank] = {1}, strides[kOperands][kMaxRank] = {};
   int64_t elements = 1, next_stride[kOperands] = {1, 1, 1, 1};
-  std::vector<int64_t> full(rank);
   for (int64_t d = rank - 1; d >= 0; --d) {
     const bool reduced = d >= rank - reduced_rank;
-    int64_t size = 1, stride[kOperands];
+    int64_t size = full[d], stride[kOperands];
     for (int i = 0; i < kOperands; ++i) {
       const bool scalar = buffers[i].dimensions().size() == 0;
       const int64_t dimension = scalar ? 1 : buffers[i].dimensions()[d];
-      if (dimension != 1 && size != 1 && size != dimension)
+      if (dimension != 1 && size != dimension)
         return invalid(names[i] + " cannot be broadcast in dimension " + std::to_string(d));
-      if (dimension != 1) size = dimension;
       stride[i] = dimension == 1 ? 0 : next_stride[i];
       next_stride[i] *= dimension;
     }
     elements *= size;
-    full[d] = size;
     if (size == 1) continue;
     bool alike = shape[last] != 1 && (reduced || last > 0 || reduced_rank == 0);
     for (int i = 0; i < kOperands; ++i)

@@ -1,6 +1,6 @@
 """A wrong call raises at once: TypeError or ValueError with both values and how to mend it.
 
-Under jit as well as outside, from both public functions.
+Under jit as well as outside, from every public function; what the message names as the mend works.
 """
 
 import inspect
@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import oracle
 import pytest
 
 import jax_bce
-from jax_bce import _arguments
+from jax_bce import _arguments, _primitive
 
 LOGITS, LABELS = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.int32)
 
@@ -305,3 +306,362 @@ def test_an_error_leaves_nothing_behind(function: Callable) -> None:
     with pytest.raises(ValueError, match="reduction"):
         function(LOGITS, LABELS, reduction="average")
     assert jax.tree.all(jax.tree.map(lambda r: bool(jnp.isfinite(r).all()), function(LOGITS, 0)))
+
+
+# --- every message, and its mend -----------------------------------------------------------------
+
+FLOATS = "['float16', 'bfloat16', 'float32', 'float64']"
+NUMBERS = f"{FLOATS[:-1]}, 'bool', 'int8', 'uint8', 'int16', 'int32', 'int64']"
+WEIGHTED = ("loss", "loss_and_grad", "focal_loss", "asymmetric_loss", "loss_from_probs")
+EVERY = (*WEIGHTED, "grad_and_hess")
+POSITIVE = ("loss", "loss_and_grad", "loss_from_probs", "grad_and_hess")
+ONES = np.ones(5, np.float32)
+OWN = {
+    "alpha": "focal_loss",
+    "gamma": "focal_loss",
+    "gamma_neg": "asymmetric_loss",
+    "gamma_pos": "asymmetric_loss",
+    "clip": "asymmetric_loss",
+    "epsilon": "loss_from_probs",
+    "log_epsilon": "loss_from_probs",
+    "hess_floor": "grad_and_hess",
+}
+
+# The functions, what they are told, the whole message, and what it advises.
+MESSAGES = [
+    *(
+        (
+            functions,
+            {name: np.ones((), dtype)},
+            TypeError,
+            f"{name} must be one of {NUMBERS}, got {dtype}: use {name}.astype(jnp.{mend}).",
+            {name: np.ones((), mend)},
+        )
+        for name, functions in (
+            *(("weight", EVERY), ("sample_weight", EVERY), ("pos_weight", POSITIVE)),
+            ("normalizer", WEIGHTED),
+            *((name, (function,)) for name, function in OWN.items()),
+        )
+        for dtype, mend in (("complex64", "float32"), ("uint16", "int32"))
+    ),
+    *(
+        (
+            functions,
+            {name: ONES},
+            ValueError,
+            f"{name} of shape (5,) cannot be broadcast to logits of shape (4, 3): one number, or "
+            "one for each of the last axis.",
+            {name: ONES[:3]},
+        )
+        for name, functions in (
+            *(("weight", EVERY), ("pos_weight", POSITIVE)),
+            *((name, (function,)) for name, function in OWN.items()),
+        )
+    ),
+    (
+        EVERY,
+        {"weight": ONES[:4]},
+        ValueError,
+        "weight of shape (4,) cannot be broadcast to logits of shape (4, 3): for one number a "
+        "sample, weight[:, None] or sample_weight.",
+        {"sample_weight": ONES[:4]},
+    ),
+    (
+        EVERY,
+        {"sample_weight": ONES[:3]},
+        ValueError,
+        "sample_weight of shape (3,) is not one for each index of the first axes of logits of "
+        "shape (4, 3): for one number a class, use weight.",
+        {"weight": ONES[:3]},
+    ),
+    (
+        EVERY,
+        {"sample_weight": ONES},
+        ValueError,
+        "sample_weight of shape (5,) is not one for each index of the first axes of logits of "
+        "shape (4, 3): pass shape (4,), or as many of (4, 3) as it has axes.",
+        {"sample_weight": ONES[:4]},
+    ),
+    (
+        EVERY,
+        {"sample_weight": np.ones((4, 2))},
+        ValueError,
+        "sample_weight of shape (4, 2) is not one for each index of the first axes of logits of "
+        "shape (4, 3): pass shape (4,), or as many of (4, 3) as it has axes.",
+        {"sample_weight": np.ones((4, 3))},
+    ),
+    (
+        WEIGHTED,
+        {"where": ONES[:4]},
+        TypeError,
+        "where must be one of ['bool'], got float32: compare, where > 0, or use "
+        "where.astype(bool).",
+        {"where": ONES[:4] > 0},
+    ),
+    (
+        WEIGHTED,
+        {"where": np.ones(3, bool)},
+        ValueError,
+        "where of shape (3,) is not one for each index of the first axes of logits of shape "
+        "(4, 3): for one a class, jnp.broadcast_to(where, (4, 3)).",
+        {"where": jnp.broadcast_to(np.ones(3, bool), (4, 3))},
+    ),
+    (
+        WEIGHTED,
+        {"ignore_label": np.array([1, 2])},
+        ValueError,
+        "ignore_label must be one number, got shape (2,).",
+        {"ignore_label": np.array(1)},
+    ),
+    (
+        WEIGHTED,
+        {"labels": LABELS.astype(np.uint8), "ignore_label": -1},
+        ValueError,
+        "ignore_label=-1 cannot be among labels of dtype uint8: store them as jnp.int8 from the "
+        "start, or mask with where.",
+        {"labels": LABELS.astype(np.int8), "ignore_label": -1},
+    ),
+    (
+        WEIGHTED,
+        {"normalizer": ONES, "axis": 0},
+        ValueError,
+        "normalizer of shape (5,) must be one number, or have the result's shape (3,).",
+        {"normalizer": ONES[:3], "axis": 0},
+    ),
+    (
+        WEIGHTED,
+        {"normalizer": ONES[:3]},
+        ValueError,
+        "normalizer of shape (3,) must be one number, or have the result's shape ().",
+        {"normalizer": ONES[0]},
+    ),
+    (
+        WEIGHTED,
+        {"axis": 0, "reduction": "none"},
+        ValueError,
+        "axis=0 has no meaning with reduction='none': leave axis=None.",
+        {"reduction": "none"},
+    ),
+    (
+        WEIGHTED,
+        {"normalizer": 2.0, "reduction": "none"},
+        ValueError,
+        "normalizer=2.0 has no meaning with reduction='none': leave normalizer=None.",
+        {"reduction": "none"},
+    ),
+    (
+        WEIGHTED,
+        {"axis": 2},
+        ValueError,
+        "axis 2 is out of range for logits of shape (4, 3).",
+        {"axis": 1},
+    ),
+    (
+        WEIGHTED,
+        {"axis": (0, -2)},
+        ValueError,
+        "axis names a dimension twice: (0, -2) for logits of shape (4, 3).",
+        {"axis": (0, -1)},
+    ),
+    (
+        WEIGHTED,
+        {"axis": 1.0},
+        TypeError,
+        "axis must be an int or a sequence of ints, got 1.0.",
+        {"axis": [1]},
+    ),
+    (
+        WEIGHTED,
+        {"label_smoothing": 1.5},
+        ValueError,
+        "label_smoothing must be one number from 0 to 1, got 1.5.",
+        {"label_smoothing": 1},
+    ),
+    (
+        WEIGHTED,
+        {"reduction": "average"},
+        ValueError,
+        "reduction must be one of ['none', 'sum', 'mean', 'weighted_mean'], got 'average'.",
+        {"reduction": "weighted_mean"},
+    ),
+    (
+        WEIGHTED,
+        {"dtype": "int32"},
+        TypeError,
+        f"dtype must be one of {FLOATS}, got 'int32'.",
+        {"dtype": "bfloat16"},
+    ),
+    (
+        WEIGHTED,
+        {"implementation": "gpu"},
+        ValueError,
+        "implementation must be one of [None, 'cpu', 'cuda', 'xla'], got 'gpu'.",
+        {"implementation": "xla"},
+    ),
+    (
+        ("loss",),
+        {"residuals": "all"},
+        ValueError,
+        "residuals must be one of ['gradient', 'recompute'], got 'all'.",
+        {"residuals": "recompute"},
+    ),
+    (
+        EVERY,
+        {"labels": LABELS.astype(np.uint16)},
+        TypeError,
+        f"labels must be one of {NUMBERS}, got uint16: use labels.astype(jnp.int32).",
+        {"labels": LABELS.astype(np.int32)},
+    ),
+    (
+        EVERY,
+        {"labels": None},
+        TypeError,
+        "labels must be an array of numbers, got NoneType: None is not a valid value for jnp.array",
+        {"labels": 0},
+    ),
+    (
+        POSITIVE[:2],
+        {"logits": LABELS},
+        TypeError,
+        f"logits must be one of {FLOATS}, got int32: pass the model's raw scores before the "
+        "sigmoid, or logits.astype(jnp.float32).",
+        {"logits": LABELS.astype(np.float32)},
+    ),
+    (
+        ("loss_from_probs",),
+        {"logits": LABELS},
+        TypeError,
+        f"probs must be one of {FLOATS}, got int32: use probs.astype(jnp.float32).",
+        {"logits": LABELS.astype(np.float32)},
+    ),
+    (
+        EVERY,
+        {"labels": LABELS[:, 0]},
+        ValueError,
+        "labels of shape (4,) do not match {scores} of shape (4, 3): for class indices, "
+        "jax.nn.one_hot(labels, 3).",
+        {"labels": jax.nn.one_hot(LABELS[:, 0], 3)},
+    ),
+    (
+        EVERY,
+        {"labels": LABELS[0]},
+        ValueError,
+        "labels of shape (3,) do not match {scores} of shape (4, 3): to use them for several "
+        "{scores}, jnp.broadcast_to(labels, {scores}.shape).",
+        {"labels": jnp.broadcast_to(LABELS[0], LOGITS.shape)},
+    ),
+    (
+        EVERY,
+        {"labels": LABELS.T[None, :, :, None]},
+        ValueError,
+        "labels of shape (1, 3, 4, 1) do not match {scores} of shape (4, 3): pass one label for "
+        "each logit, or one scalar label for all.",
+        {"labels": 1},
+    ),
+    *(
+        (
+            (function,),
+            {"implementation": "cpu"},
+            RuntimeError,
+            f"implementation='cpu' is not available for {function}, which has no kernel of its "
+            "own: use implementation=None.",
+            {"implementation": None},
+        )
+        for function in ("focal_loss", "asymmetric_loss", "loss_from_probs")
+    ),
+]
+
+
+def invoke(name: str, keywords: dict) -> None:
+    """Traces a call, which checks all that it is told and computes nothing."""
+    keywords = {"logits": LOGITS, "labels": LABELS, **keywords}
+    logits, labels = keywords.pop("logits"), keywords.pop("labels")
+    jax.eval_shape(lambda: getattr(jax_bce, name)(logits, labels, **keywords))
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "error", "message", "mended"),
+    [
+        pytest.param(name, keywords, *case, id=f"{name}-{'-'.join(keywords)}")
+        for names, keywords, *case in MESSAGES
+        for name in names
+    ],
+)
+def test_message_and_mend(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    keywords: dict,
+    error: type,
+    message: str,
+    mended: dict,
+) -> None:
+    """The whole message, before any work is done; what it advises is accepted."""
+    invoke(name, mended)
+    calls = []
+    monkeypatch.setattr(_primitive.bce_p, "bind", lambda *_, **__: calls.append(1))
+    scores = "probs" if name == "loss_from_probs" else "logits"
+    with pytest.raises(error) as raised:
+        invoke(name, keywords)
+    assert str(raised.value) == message.replace("{scores}", scores)
+    assert not calls
+
+
+@pytest.mark.parametrize(("name", "function"), OWN.items())
+def test_a_number_for_each_sample_is_told_to_be_a_column(name: str, function: str) -> None:
+    """sample_weight, which is the advice for a weight, is nothing that these could become."""
+    with pytest.raises(ValueError, match=re.escape(f"{name}[:, None]")):
+        invoke(function, {name: ONES[:4]})
+    invoke(function, {name: ONES[:4, None]})
+
+
+@pytest.mark.parametrize("label", [0.5, 300, np.nan])
+def test_ignore_label_that_no_integer_is(label: float) -> None:
+    """int8 does not hold them either, and NaN is not taken for the label 0."""
+    with pytest.raises(ValueError, match=f"ignore_label={label} cannot be among") as error:
+        invoke("loss", {"labels": LABELS.astype(np.uint8), "ignore_label": label})
+    assert "jnp.int8" not in str(error.value)
+
+
+def test_text_is_no_array_of_numbers() -> None:
+    """The whole message is one line."""
+    with pytest.raises(TypeError) as error:
+        invoke("loss", {"weight": np.array("one")})
+    assert str(error.value).startswith("weight must be an array of numbers, got ndarray")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", EVERY[1:])
+@pytest.mark.parametrize("keyword", ["from_logits", "residuals"])
+def test_unknown_keywords_name_the_function_that_was_called(name: str, keyword: str) -> None:
+    with pytest.raises(TypeError) as error:
+        invoke(name, {keyword: True})
+    assert str(error.value) == f"{name}() got an unexpected keyword argument '{keyword}'"
+
+
+@pytest.mark.parametrize("focus", [0, 2.0])
+@pytest.mark.parametrize("name", ["focal_loss", "asymmetric_loss"])
+def test_pos_weight_has_no_meaning_beside_a_focus(name: str, focus: float) -> None:
+    """Neither ignored nor half of it taken."""
+    keywords = {"gamma": focus} if name == "focal_loss" else {"gamma_neg": focus, "clip": 0}
+    keywords |= {} if name == "focal_loss" else {"gamma_pos": focus}
+    with pytest.raises(TypeError, match="pos_weight"):
+        invoke(name, {**keywords, "pos_weight": 3.0})
+    invoke(name, keywords)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"reduction": "sum", "axis": -1, "dtype": np.float32},
+        {"label_smoothing": 0.1, "pos_weight": 3.0, "normalizer": 7.0},
+        {"weight": 2, "sample_weight": 0.5, "ignore_label": 1, "reduction": "sum"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_checks_are_no_part_of_the_program(platform: str, options: dict) -> None:
+    """What is compiled is one call of the kernel."""
+    of = jax.jit(partial(jax_bce.loss, **options, implementation=platform))
+    compiled = of.lower(LOGITS, LABELS).compile()
+    assert hlo.passes(compiled, 1) == [f"{hlo.TARGET}loss"]

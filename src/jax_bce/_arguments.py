@@ -19,7 +19,8 @@ from jax_bce._reference import Elements, arithmetic_dtype, elements, scaled_sum
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 _LABELS = (*_LOGITS, "bool", "int8", "uint8", "int16", "int32", "int64")
 _REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
-_IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
+_TO_FLOAT = "use probs.astype(jnp.float32)"
+IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
 
 
 class Keywords(TypedDict, total=False):
@@ -106,8 +107,9 @@ def _array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise TypeError(
-            f"{name} must be an array of numbers, got {type(value).__name__}: {error}"
+            f"{name} must be an array of numbers, got {type(value).__name__}: {reason}"
         ) from error
 
 
@@ -138,10 +140,10 @@ def _smoothing(value: ArrayLike, rank: int, wide: np.dtype) -> Array:
     return jnp.asarray(value, wide).reshape((1,) * rank)
 
 
-def _mend_labels(labels: Array, logits: Array) -> str:
+def _mend_labels(labels: Array, logits: Array, name: str) -> str:
     """What to do about labels of another shape."""
     if [d for d in logits.shape if d != 1] == [d for d in labels.shape if d != 1]:
-        return "reshape one to the other, for example labels.reshape(logits.shape)"
+        return f"reshape one to the other, for example labels.reshape({name}.shape)"
     if labels.shape == logits.shape[:-1] and not jnp.issubdtype(labels.dtype, jnp.floating):
         return f"for class indices, jax.nn.one_hot(labels, {logits.shape[-1]})"
     try:
@@ -149,7 +151,7 @@ def _mend_labels(labels: Array, logits: Array) -> str:
     except ValueError:
         fits = False
     if fits:
-        return "to use them for several logits, jnp.broadcast_to(labels, logits.shape)"
+        return f"to use them for several {name}, jnp.broadcast_to(labels, {name}.shape)"
     return "pass one label for each logit, or one scalar label for all"
 
 
@@ -209,23 +211,27 @@ def _mend_sample_weight(array: Array, shape: tuple[int, ...]) -> str:
     return f"pass shape {shape[:1]}, or as many of {shape} as it has axes"
 
 
+def _holds(dtype: np.dtype, number: float) -> bool:
+    """Whether an integer dtype, or bool, has that number."""
+    info = np.iinfo(dtype if dtype.kind in "iu" else np.uint8)
+    low, high = (0, 1) if dtype.kind == "b" else (info.min, info.max)
+    return number.is_integer() and low <= number <= high
+
+
 def _ignored(value: ArrayLike, labels: Array) -> Array:
     """The label to ignore, which is checked unless it is traced, in the labels' dtype."""
     given = _array("ignore_label", value)
     if given.ndim:
         raise ValueError(f"ignore_label must be one number, got shape {given.shape}.")
     if not isinstance(value, jax.core.Tracer):
-        with np.errstate(all="ignore"):
-            exact = np.asarray(value).astype(np.float64)
-            stored = np.asarray(value).astype(labels.dtype).astype(np.float64)
-        if (
-            exact != stored
-            and not np.isnan(exact)
-            and not jnp.issubdtype(labels.dtype, jnp.floating)
-        ):
+        label = float(np.asarray(value))
+        integers = labels.dtype == bool or jnp.issubdtype(labels.dtype, jnp.integer)
+        if np.isnan(label) or (integers and not _holds(labels.dtype, label)):
+            dtypes = (name for name in ("int8", "int16", "int32") if _holds(np.dtype(name), label))
+            mend = f"store them as jnp.{next(dtypes, 'float32')} from the start, or mask with where"
             raise ValueError(
                 f"ignore_label={value!r} cannot be among labels of dtype {labels.dtype.name}: "
-                "store them as jnp.int8 from the start, or mask with where."
+                f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else mend}."
             )
     return jax.lax.stop_gradient(given.astype(labels.dtype))
 
@@ -245,18 +251,21 @@ def _divisor(
     return array.astype(wide).reshape(own)
 
 
-def _partly_counted(keep: Array, axis: int | None) -> Array:
-    """Counts in bytes along parts of an axis, which XLA does ten times as fast on a CPU.
+def _partly_summed(values: Array, axis: int | None) -> Array:
+    """Sums along short parts of an axis, which XLA fuses with what gives the values.
 
-    As many parts are left as devices that the axis may be spread over.
+    It would store them first for a sum over all, and takes ten times as long to count. Whether
+    elements exist is counted in bytes. As many parts are left as devices that the axis may be
+    spread over.
     """
-    spread = not jax.typeof(keep).sharding.mesh.empty
-    if axis is None or spread or not isinstance(size := keep.shape[axis], int):
-        return keep
+    spread = not jax.typeof(values).sharding.mesh.empty
+    if axis is None or spread or not isinstance(size := values.shape[axis], int):
+        return values
+    counts = values.dtype == bool
     whole = size // math.gcd(size, 8)
-    part = next((k for k in range(255, 1, -1) if whole % k == 0), 1)
-    parts = (*keep.shape[:axis], size // part, part, *keep.shape[axis + 1 :])
-    return jnp.sum(keep.reshape(parts).astype(jnp.uint8), axis=axis + 1, dtype=jnp.uint8)
+    part = next((k for k in range(255 if counts else 32, 1, -1) if whole % k == 0), 1)
+    parts = values.reshape(*values.shape[:axis], size // part, part, *values.shape[axis + 1 :])
+    return jnp.sum(parts, axis=axis + 1, dtype=jnp.uint8 if counts else values.dtype)
 
 
 def _total(
@@ -279,15 +288,13 @@ def _total(
     for varies, members in groups:
         masks = [m for m in members if m.dtype == bool]
         weights = [m for m in members if m.dtype != bool]
-        if weights:
-            for mask in masks:  # each weight by itself: a derivative meets the others
-                weights = [jnp.where(mask, weight, 0) for weight in weights]
-            values = functools.reduce(operator.mul, weights)
-        else:
-            keep = functools.reduce(operator.and_, masks)
-            values = _partly_counted(keep, max(varies, default=None))
-            many = math.prod(shape[a] for a in varies) >= 2**31
-            values = values.astype(jnp.uint32 if many else jnp.int32)
+        for mask in masks:  # each weight by itself: a derivative meets the others
+            weights = [jnp.where(mask, weight, 0) for weight in weights]
+        values = functools.reduce(operator.mul, weights or masks)
+        for mask in masks if len(weights) > 1 else ():  # XLA takes a product that is summed for a
+            values = jnp.where(mask, values, 0)  # matrix product, and stores its factors
+        values = _partly_summed(values, max(varies, default=None))
+        values = values if weights else values.astype(jnp.uint32)
         total = total * jnp.sum(values, axis=tuple(varies), keepdims=True).astype(wide)
     return total
 
@@ -311,16 +318,17 @@ def prepare(
 ) -> Call:
     """Checks the arguments of `jax_bce.loss`, which documents them."""
     one_of("reduction", reduction, _REDUCTIONS)
-    one_of("implementation", implementation, _IMPLEMENTATIONS)
+    one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
         raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
     scores = "pass the model's raw scores before the sigmoid, or logits.astype(jnp.float32)"
-    x = _operand(name, logits, _LOGITS, scores if name == "logits" else None)
+    x = _operand(name, logits, _LOGITS, scores if name == "logits" else _TO_FLOAT)
     y = _operand("labels", labels)
     shape = x.shape
     if y.ndim and y.shape != shape:
         raise ValueError(
-            f"labels of shape {y.shape} do not match {name} of shape {shape}: {_mend_labels(y, x)}."
+            f"labels of shape {y.shape} do not match {name} of shape {shape}: "
+            f"{_mend_labels(y, x, name)}."
         )
     if reduction == "none":
         for option, value in (("axis", axis), ("normalizer", normalizer)):

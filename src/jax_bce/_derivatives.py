@@ -115,7 +115,11 @@ def _jvp(
     shape = jnp.broadcast_shapes(*(operand.shape for operand in primals))
     if moving or kind == "loss_and_grad":
         logits, labels, _, smoothing = primals[:4]
-        element = elements(logits, labels, smoothing, {name: named[name] for name in modifiers})
+        # A scale of 0 drops all, also what is not a number.
+        exists = scale != 0
+        exists = exists & named["where"] if "where" in modifiers else exists
+        given = {name: named[name] for name in modifiers}
+        element = elements(logits, labels, smoothing, given | {"where": exists})
     by_others = _tangents_of_elements(named, moving, element) if moving else None
     terms = []
     if logits_dot is not None:
@@ -129,6 +133,8 @@ def _jvp(
         # The loss is linear in its scale.
         unscaled = [jnp.ones_like(scale) if name == "scale" else named[name] for name in named]
         (sums,) = bce(*unscaled, kind="loss", **{**common, "loss_dtype": wide})
+        nothing = (scale == 0).reshape(scale.shape[: sums.ndim])
+        sums = jnp.where(nothing, 0, sums)
         dots.append(sums * scale_dot.reshape(scale.shape[: sums.ndim]))
     loss_dot = _add(dots).astype(loss.dtype)
     if kind == "loss":

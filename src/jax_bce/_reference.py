@@ -21,6 +21,8 @@ from jax import Array
 
 # exp of it, and a few times that, is finite in float32.
 _EXPONENT = 80
+# exp of it, and of any small part of it, is 0; 0 times it is 0.
+_NOTHING = -1e9
 
 
 def arithmetic_dtype(logits_dtype: np.dtype) -> np.dtype:
@@ -69,10 +71,10 @@ def elements(
         values = values.astype(wide)
         return values if keep is None else jnp.where(keep, values, otherwise)
 
-    factors = [modifiers[w].astype(wide) for w in ("weight", "sample_weight") if w in modifiers]
+    factors = [select(modifiers[w], 0) for w in ("weight", "sample_weight") if w in modifiers]
     product = factors[0] * factors[1] if len(factors) == 2 else factors[0] if factors else None
-    if keep is not None:
-        product = keep.astype(wide) if product is None else select(product, 0)
+    if keep is not None and product is None:
+        product = keep.astype(wide)
     y = select(labels, 0)
     return Elements(
         select(logits, absent),
@@ -106,6 +108,12 @@ def magnitude(x: Array) -> Array:
 def softplus(x: Array) -> Array:
     """log(1 + exp(x))."""
     return jnp.log1p(jnp.exp(-magnitude(x))) + jnp.where(x >= 0, x, 0)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), whose derivative, unlike JAX's, does not vanish where it rounds to 1."""
+    e = jnp.exp(-magnitude(x))
+    return jnp.where(x >= 0, 1, e) / (1 + e)
 
 
 def _positive(y: Array, pos_weight: Array) -> Array:
@@ -149,14 +157,14 @@ def by_label(element: Elements) -> tuple[Array, Array]:
         return -x, jnp.full_like(x, -1)
     return (
         times(q, softplus(-x)) - softplus(x),
-        -(q * jax.nn.sigmoid(-x) + jax.nn.sigmoid(x)),
+        -(q * sigmoid(-x) + sigmoid(x)),
     )
 
 
 def by_pos_weight(element: Elements) -> tuple[Array, Array]:
     """The derivatives of loss and gradient with respect to the weight of the positive class."""
     x, y = element.logits, element.labels
-    return times(y, softplus(-x)), -y * jax.nn.sigmoid(-x)
+    return times(y, softplus(-x)), -y * sigmoid(-x)
 
 
 def focal_loss(element: Elements, alpha: Array | None, gamma: Array) -> Array:
@@ -189,14 +197,14 @@ def asymmetric_loss(
     """
     x, y, n = element.logits, element.labels, element.complements
     unclipped = clip == 0
-    shifted = jnp.maximum(jax.nn.sigmoid(x) - clip, 0)
+    shifted = jnp.maximum(sigmoid(x) - clip, 0)
     unlikely = jnp.where(unclipped, softplus(x), -jnp.log1p(-jnp.where(unclipped, 0, shifted)))
     cross_entropy = times(y, softplus(-x)) + times(n, unlikely)
 
-    mixed = y * jax.nn.sigmoid(-x) + n * shifted
+    mixed = y * sigmoid(-x) + n * shifted
     positive, negative = y == 1, (y == 0) & unclipped
     formed = positive | negative | (mixed == 0)
-    logarithm = jnp.where(formed, 0, jnp.log(jnp.where(formed, 1, mixed)))
+    logarithm = jnp.where(formed, _NOTHING, jnp.log(jnp.where(formed, 1, mixed)))
     # Of these two the value, and the derivative in the label as far as it is finite.
     by_n = shifted * (1 + jnp.exp(jnp.minimum(x, _EXPONENT))) - 1
     logarithm = jnp.where(positive, n * by_n - softplus(x), logarithm)

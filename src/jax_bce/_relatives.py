@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce import _reference
-from jax_bce._arguments import Keywords, only_known, prepare
+from jax_bce._arguments import IMPLEMENTATIONS, Keywords, one_of, only_known, prepare
 from jax_bce._loss import loss
 from jax_bce._primitive import bce
 
@@ -23,10 +23,12 @@ def _is_zero(value: ArrayLike) -> bool:
 
 
 def _only_xla(name: str, keywords: Keywords) -> None:
-    if keywords.get("implementation") not in (None, "xla"):
+    implementation = keywords.get("implementation")
+    one_of("implementation", implementation, IMPLEMENTATIONS)
+    if implementation not in (None, "xla"):
         raise RuntimeError(
-            f"implementation={keywords['implementation']!r} is not available for {name}, which has "
-            "no kernel of its own: use implementation=None."
+            f"implementation={implementation!r} is not available for {name}, which has no kernel "
+            "of its own: use implementation=None."
         )
 
 
@@ -263,10 +265,9 @@ def grad_and_hess(
         pos_weight=pos_weight,
         reduction="none",
     )
+    floor = call.of_class("hess_floor", hess_floor)
     _, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     element = call.elements()
-    hessian = jnp.maximum(
-        _reference.element_hessian(element), call.of_class("hess_floor", hess_floor)
-    )
+    hessian = jnp.maximum(_reference.element_hessian(element), floor)
     hessian = jnp.broadcast_to(element.weighted(hessian), call.shape)
     return gradient, hessian.astype(gradient.dtype)
