@@ -402,8 +402,11 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
   return common;
 }
 
+// What the modifiers of a tile come to: no element exists; nothing; a positive weight; or anything.
+enum class Modified { kDropped, kNot, kPositive, kAny };
+
 // The second step: the loss, the gradient, or both.
-template <bool kCommon, bool kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
+template <bool kCommon, Modified kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
 BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type) {
   using V = Vector<Scalar>;
   const Scalar *logits = tile.logits, *labels = tile.labels;
@@ -414,7 +417,13 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     typename V::Float smoothing = {};
     if constexpr (!kCommon) smoothing = V::load(tile.smoothing + i);
     Weight<typename V::Float> weight = {};
-    if constexpr (kModified) {
+    constexpr bool kAny = kModified == Modified::kAny;
+    if constexpr (kModified == Modified::kPositive) {
+      static_assert(kCommon);  // labels are 0 or 1
+      const auto one = V::set(1);
+      weight.weight.high = V::select(label == one, V::load(tile.pos_weight + i), one);
+      factor = factor * weight.weight.high;
+    } else if constexpr (kAny) {
       weight = weight_of<V>({V::load(tile.weight + i), V::load(tile.weight_low + i)},
                             V::load(tile.pos_weight + i), label, smoothing);
       factor = factor * weight.weight.high;
@@ -426,16 +435,19 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       // For bfloat16, with fewer digits than half of float32's, this would change nothing for
       // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
       if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
-      if constexpr (kModified && !kCommon)
-        V::store(to + i, weighted<V>({value.high, V::set(0)}, {factor, V::set(0)}).high);
+      if constexpr (kAny && !kCommon)
+        V::store(to + i, weighted<V>({value.high, V::set(0)}, factor).high);
       else
         V::store(to + i, value.high * factor);
     };
     if constexpr (kLoss) {
       auto value =
-          loss_of<V, kCommon, kModified>(logit, label, smoothing, exponential, weight.pos_weight);
+          loss_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight);
       if constexpr (kReduce) {
-        if constexpr (kModified) value = weighted<V>(value, weight.weight);
+        if constexpr (kModified == Modified::kPositive)
+          value = weighted<V, true>(value, weight.weight.high);
+        else if constexpr (kAny)
+          value = weighted<V, kCommon>(value, weight.weight);
         V::store(loss + i, value.high);
         V::store(tile.loss_low + i, value.low);
       } else {
@@ -444,8 +456,7 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     }
     if constexpr (kGradient)
       write(gradient,
-            gradient_of<V, kCommon, kModified>(logit, label, smoothing, exponential,
-                                               weight.pos_weight),
+            gradient_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight),
             gradient_type);
   });
 }
@@ -484,13 +495,19 @@ class Evaluation {
     const int64_t offset = result_start_ + done;
     tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
     tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
-    if (dropped_ || (modified_ && !modify(done, filled))) {
+    const Modified modified = dropped_    ? Modified::kDropped
+                              : modified_ ? modify(done, filled)
+                                          : Modified::kNot;
+    if (modified == Modified::kDropped) {
       drop();
     } else if (exponentials<true>(tile_)) {
-      modified_ ? compute<true, true>() : compute<true, false>();
+      if (modified == Modified::kNot) compute<true, Modified::kNot>();
+      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
+      if (modified == Modified::kAny) compute<true, Modified::kAny>();
     } else {
       exponentials<false>(tile_);
-      modified_ ? compute<false, true>() : compute<false, false>();
+      modified == Modified::kNot ? compute<false, Modified::kNot>()
+                                 : compute<false, Modified::kAny>();
     }
     if constexpr (kReduce)
       for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
@@ -512,7 +529,7 @@ class Evaluation {
     dropped_ = !scale_stream_.stride && tile_.factors[0] == 0;
   }
 
-  template <bool kCommon, bool kModified>
+  template <bool kCommon, Modified kModified>
   BCE_INLINE void compute() {
     elements<kCommon, kModified, kReduce, kLoss, kGradient>(tile_, problem_.loss.type,
                                                             problem_.gradient.type);
@@ -527,8 +544,8 @@ class Evaluation {
   }
 
   // Loads the modifiers of a tile, and puts a harmless element in the place of one that does not
-  // exist. Returns whether there is any that does.
-  bool modify(int64_t done, int filled) {
+  // exist.
+  Modified modify(int64_t done, int filled) {
     using V = Vector<Scalar>;
     const int64_t element = result_start_ + done;
     const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
@@ -544,7 +561,7 @@ class Evaluation {
     };
     if (given(kWhere)) {
       numbers(kWhere, keep);
-      if (constant && keep[0] == 0) return false;
+      if (constant && keep[0] == 0) return Modified::kDropped;
       masked = !constant;
     }
     if (given(kIgnoreLabel)) {
@@ -555,7 +572,8 @@ class Evaluation {
       begin_mask();
       for (int i = 0; i < filled; ++i) keep[i] = tile_.factors[i] == 0 ? 0 : keep[i];
     }
-    if (given(kWeight) || given(kSampleWeight)) {
+    const bool weighs = given(kWeight) || given(kSampleWeight);
+    if (weighs) {
       const Scalar* weight = numbers(given(kWeight) ? kWeight : kSampleWeight, buffer);
       std::memcpy(tile_.weight, weight, filled * sizeof(Scalar));
       if (given(kWeight) && given(kSampleWeight)) {
@@ -570,7 +588,8 @@ class Evaluation {
       for (Scalar& weight : tile_.weight) weight = 1;
     }
     if (given(kPosWeight)) tile_.pos_weight = numbers(kPosWeight, pos_weight_);
-    if (!masked) return true;
+    if (!masked)
+      return weighs ? Modified::kAny : given(kPosWeight) ? Modified::kPositive : Modified::kNot;
 
     for (int i = filled; i < tile_.size; ++i) keep[i] = 0;
     typename V::Float kept = {};
@@ -591,7 +610,7 @@ class Evaluation {
     tile_.pos_weight = pos_weight_;
     bool any = false;
     for (int i = 0; i < V::kLanes; ++i) any |= kept[i] != 0;
-    return any;
+    return any ? Modified::kAny : Modified::kDropped;
   }
 
   // Takes away the elements whose label, as stored, is to be ignored.

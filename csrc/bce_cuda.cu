@@ -687,7 +687,7 @@ class Share {
                                 const Scalar* factor, const Scalar* gradient_factor,
                                 const Keep& keep, Weight<Scalar> weight = {}) {
     const auto times_factor = [](Scalar value, Scalar factor) {
-      if constexpr (kModified) return weighted<L>({value, 0}, {factor, 0}).high;
+      if constexpr (kModified) return weighted<L>({value, 0}, factor).high;
       return value * factor;
     };
     Exponential<L> exponential[kCount];

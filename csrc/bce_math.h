@@ -237,6 +237,14 @@ BCE_INLINE Pair<typename Lanes::Float> product_of(Pair<typename Lanes::Float> a,
   return {product, low + Lanes::fma(a.high, b.low, a.low * b.high)};
 }
 
+// The same for b without a low part.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> product_of(Pair<typename Lanes::Float> a,
+                                                  typename Lanes::Float b) {
+  const auto product = a.high * b;
+  return {product, Lanes::fma(a.high, b, -product) + a.low * b};
+}
+
 // c + step (1/2 - y), where step is +-s: y or 1 - y, smoothed.
 template <class Lanes>
 BCE_INLINE Pair<typename Lanes::Float> smoothed(Pair<typename Lanes::Float> c,
@@ -284,7 +292,7 @@ BCE_INLINE Coefficients<typename Lanes::Float> coefficients_of(typename Lanes::F
   const Pair<Float> to_half = two_sum(Lanes::set(0.5), -label);
   const Pair<Float> n = smoothed<Lanes>(fast_two_sum(one, -label), -smoothing, to_half);
   const Pair<Float> y = smoothed<Lanes>({label, zero}, smoothing, to_half);
-  const Pair<Float> p = product_of<Lanes>(y, {pos_weight, zero});
+  const Pair<Float> p = product_of<Lanes>(y, pos_weight);
   const Pair<Float> sum = two_sum(n.high, p.high);
   // Of q = 1, exactly what there is without q.
   const auto plain = pos_weight == one;
@@ -393,7 +401,7 @@ BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> w
                                                    typename Lanes::Float smoothing) {
   using Float = typename Lanes::Float;
   const Float zero = Lanes::set(0), one = Lanes::set(1);
-  const Pair<Float> product = product_of<Lanes>(weight, {pos_weight, zero});
+  const Pair<Float> product = product_of<Lanes>(weight, pos_weight);
   const Float exact = Lanes::select(smoothing == zero, label, Lanes::set(0.5));
   const Float high = Lanes::select(exact == one, product.high, weight.high);
   const Float low = Lanes::select(exact == one, product.low, weight.low);
@@ -401,18 +409,33 @@ BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> w
   return {{high, low}, Lanes::select(exact == one, one, rest)};
 }
 
-// An element's loss times its weight; a weight of 0 wins over an infinite loss.
-template <class Lanes>
-BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
-                                                Pair<typename Lanes::Float> weight) {
+// An element's loss times its weight; a weight of 0 wins over an infinite loss, which no common
+// element has.
+template <class Lanes, bool kCommon = false, class Factor>
+BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value, Factor weight,
+                                                typename Lanes::Float weight_high) {
   using Float = typename Lanes::Float;
   using F = Format<typename Lanes::Scalar>;
   const Float zero = Lanes::set(0), infinity = Lanes::set(F::kInfinity);
-  const Float dropped = Lanes::select(weight.high == zero, zero, value.high);
-  value.high = Lanes::select(magnitude_of<Lanes>(value.high) == infinity, dropped, value.high);
+  if constexpr (!kCommon) {
+    const Float dropped = Lanes::select(weight_high == zero, zero, value.high);
+    value.high = Lanes::select(magnitude_of<Lanes>(value.high) == infinity, dropped, value.high);
+  }
   const Pair<Float> product = product_of<Lanes>(value, weight);
   const auto finite = magnitude_of<Lanes>(product.high) < infinity;
   return {product.high, Lanes::select(finite, product.low, zero)};
+}
+
+template <class Lanes, bool kCommon = false>
+BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
+                                                Pair<typename Lanes::Float> weight) {
+  return weighted<Lanes, kCommon>(value, weight, weight.high);
+}
+
+template <class Lanes, bool kCommon = false>
+BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
+                                                typename Lanes::Float weight) {
+  return weighted<Lanes, kCommon>(value, weight, weight);
 }
 
 // The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a
