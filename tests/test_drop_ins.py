@@ -33,6 +33,8 @@ def name_of(function: Callable) -> str:
     return f"{function.__module__}.{function.__name__}".removeprefix("jax_bce.")
 
 
+pytestmark = pytest.mark.any_jax
+
 every = pytest.mark.parametrize("function", OPTAX + TORCH, ids=name_of)
 of_optax = pytest.mark.parametrize("function", OPTAX, ids=name_of)
 of_torch = pytest.mark.parametrize("function", TORCH, ids=name_of)

@@ -32,6 +32,7 @@ peer = keras.losses
 PEERS = {"ours": ours, "Keras": peer}
 
 pytestmark = [
+    pytest.mark.any_jax,
     # Once per process, by whichever test comes first; test_probabilities_warn_once asks for it.
     pytest.mark.filterwarnings("ignore:from_logits=False"),
     # From Keras's own variables, as NumPy 2 reads them.

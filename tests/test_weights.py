@@ -181,6 +181,7 @@ DROPPED = [
 ]
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "weighted_mean"])
 @pytest.mark.parametrize("mask", DROPPED, ids=lambda mask: "-".join(mask))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
