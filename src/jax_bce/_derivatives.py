@@ -92,7 +92,8 @@ def _jvp(
             "jax_bce.loss(residuals='recompute') can be differentiated once, in reverse mode. "
             "Use residuals='gradient', the default, for other modes and higher derivatives."
         )
-    primals = [jnp.asarray(primal) for primal in primals]  # a Python number may be among them
+    # A Python number may be among them.
+    primals = [primal if isinstance(primal, Array) else jnp.asarray(primal) for primal in primals]
     logits, _, scale, _ = primals[:4]
     wide = arithmetic_dtype(logits.dtype)
     common |= {"modifiers": modifiers, "reduced_rank": reduced_rank}
