@@ -390,6 +390,7 @@ class Share {
  private:
   using L = Lane<Scalar>;
   static constexpr bool kNarrow = sizeof(Logit) == 2;
+
   // The sign bits of four numbers, or of two pairs of 16-bit ones.
   struct Signs {
     std::conditional_t<kNarrow, uint32_t, typename L::Bits> bits[kNarrow ? 2 : kQuad];

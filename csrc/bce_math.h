@@ -409,33 +409,29 @@ BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> w
   return {{high, low}, Lanes::select(exact == one, one, rest)};
 }
 
-// An element's loss times its weight; a weight of 0 wins over an infinite loss, which no common
-// element has.
+template <class Float>
+BCE_INLINE Float high_of(Float number) {
+  return number;
+}
+template <class Float>
+BCE_INLINE Float high_of(Pair<Float> pair) {
+  return pair.high;
+}
+
+// An element's loss times its weight, a number or a pair; a weight of 0 wins over an infinite loss,
+// which no common element has.
 template <class Lanes, bool kCommon = false, class Factor>
-BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value, Factor weight,
-                                                typename Lanes::Float weight_high) {
+BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value, Factor weight) {
   using Float = typename Lanes::Float;
-  using F = Format<typename Lanes::Scalar>;
-  const Float zero = Lanes::set(0), infinity = Lanes::set(F::kInfinity);
+  const Float zero = Lanes::set(0),
+              infinity = Lanes::set(Format<typename Lanes::Scalar>::kInfinity);
   if constexpr (!kCommon) {
-    const Float dropped = Lanes::select(weight_high == zero, zero, value.high);
+    const Float dropped = Lanes::select(high_of(weight) == zero, zero, value.high);
     value.high = Lanes::select(magnitude_of<Lanes>(value.high) == infinity, dropped, value.high);
   }
   const Pair<Float> product = product_of<Lanes>(value, weight);
   const auto finite = magnitude_of<Lanes>(product.high) < infinity;
   return {product.high, Lanes::select(finite, product.low, zero)};
-}
-
-template <class Lanes, bool kCommon = false>
-BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
-                                                Pair<typename Lanes::Float> weight) {
-  return weighted<Lanes, kCommon>(value, weight, weight.high);
-}
-
-template <class Lanes, bool kCommon = false>
-BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value,
-                                                typename Lanes::Float weight) {
-  return weighted<Lanes, kCommon>(value, weight, weight);
 }
 
 // The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a

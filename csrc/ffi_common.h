@@ -195,13 +195,13 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     const std::string name = modifier_names[i];
     if (!(modifiers >> i & 1)) continue;
     Modifier& modifier = problem->modifiers[i];
-    auto buffer = more.get<ffi::AnyBuffer>(given++);
-    if (!buffer.has_value()) return invalid(name + " is missing");
-    if (!to_type(buffer->element_type(), &modifier.type) ||
+    if (given == more.size()) return invalid(name + " is missing");
+    const ffi::AnyBuffer& buffer = all[kOperands + given++];
+    if (!to_type(buffer.element_type(), &modifier.type) ||
         (i == kWhere && modifier.type != Type::kBool) ||
         (i == kIgnoreLabel && modifier.type != problem->labels.type))
       return invalid(name + " has an unsupported dtype");
-    if (!broadcast_to(*buffer, rank, full.data(), &modifier))
+    if (!broadcast_to(buffer, rank, full.data(), &modifier))
       return invalid(name + " cannot be broadcast to the results");
   }
   if (more.size() != given || modifiers >> kModifiers) return invalid("an operand too many");

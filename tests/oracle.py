@@ -98,6 +98,24 @@ LABEL_BEYOND_1 = 2.0
 DERIVATIVE = {"float16": 2.0, "bfloat16": 2.0, "float32": 16.0, "float64": 16.0}
 # The decimal inputs and the expected values of cases.json are themselves rounded to float64.
 CASE = 2.0
+# The related losses, by XLA's exp and log: ulp of the largest term times 1 + |log of the power|, as
+# a power is the exponential of a number that is itself rounded.
+FOCAL = 4.0
+# 1 - p_m is at least clip = 1/20, and so is 20 times as far from exact as the rounded p_m.
+ASYMMETRIC = 16.0
+# XLA's log and one division, of an element that is a product of a few numbers.
+ARITHMETIC = 8.0
+# What was measured of XLA's log1p in float64 on a CPU, at -0.414.
+LOG1P_FLOAT64 = 128.1
+# Their derivatives in a label, a focus, alpha or clip, at logits up to 25, where a power may be the
+# exponential of 100: ulp of the derivative or the loss, whichever is larger.
+IN_ARGUMENTS = 32.0
+# Below this a factor of their result may be subnormal, which XLA flushes to zero.
+FLUSHED = 2.0**-110
+# Relative: what others print of their results, in six or seven digits.
+PUBLISHED = 1e-6
+# Relative: a value that is farther off than this is wrong, and not just less exact.
+WRONG = 1e-2
 # Float32 arithmetic around the loss in another order or on other devices, relative to the largest.
 SURROUNDINGS = 1e-5
 

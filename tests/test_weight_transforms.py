@@ -260,6 +260,30 @@ def test_shard_map(cpu: str, spread: PartitionSpec, residuals: str, checked: boo
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["check_vma", "unchecked"])
+def test_shard_map_of_a_weight_alone(cpu: str, checked: bool) -> None:
+    """The loss of logits that all shards share differs between them as its weight does."""
+    operands = inputs()
+    weights = np.random.default_rng(0).uniform(0, 2, (4, COLUMNS)).astype(FLOAT32)
+
+    def of_shard(logits: jax.Array, weight: jax.Array) -> jax.Array:
+        return loss_of({"logits": logits, "labels": operands["labels"], "weight": weight[0]})
+
+    shards = jax.shard_map(
+        lambda *arguments: lax.psum(of_shard(*arguments), "data"),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=checked,
+    )
+
+    def expected(logits: jax.Array, weights: jax.Array) -> jax.Array:
+        return sum(of_shard(logits, weights[i : i + 1]) for i in range(4))
+
+    actual = jax.jit(jax.value_and_grad(shards, (0, 1)))(operands["logits"], weights)
+    assert_close(actual, jax.value_and_grad(expected, (0, 1))(operands["logits"], weights))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "none"])
 def test_export_of_any_batch(cpu: str, reduction: str) -> None:
     """One program, which counts the elements of the batch at hand."""

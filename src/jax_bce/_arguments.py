@@ -291,8 +291,10 @@ def _total(
         for mask in masks:  # each weight by itself: a derivative meets the others
             weights = [jnp.where(mask, weight, 0) for weight in weights]
         values = functools.reduce(operator.mul, weights or masks)
-        for mask in masks if len(weights) > 1 else ():  # XLA takes a product that is summed for a
-            values = jnp.where(mask, values, 0)  # matrix product, and stores its factors
+        if len(weights) > 1:
+            # XLA takes a product that is summed for a matrix product, and stores its factors.
+            for mask in masks:
+                values = jnp.where(mask, values, 0)
         values = _partly_summed(values, max(varies, default=None))
         values = values if weights else values.astype(jnp.uint32)
         total = total * jnp.sum(values, axis=tuple(varies), keepdims=True).astype(wide)

@@ -76,8 +76,10 @@ class Peers:
     def still_wrong(theirs: float, listed: float, exact: float) -> None:
         """The peer returns what the table says, and that is not what is right."""
         __tracebackhide__ = True
-        np.testing.assert_allclose(theirs, listed, rtol=1e-6, err_msg="not what the table lists")
-        assert not np.isclose(theirs, exact, rtol=1e-2, atol=0), "nothing is wrong with this value"
+        np.testing.assert_allclose(
+            theirs, listed, rtol=oracle.PUBLISHED, err_msg="not what the table lists"
+        )
+        assert not np.isclose(theirs, exact, rtol=oracle.WRONG, atol=0), "nothing is wrong with it"
 
 
 @pytest.fixture(scope="session")
