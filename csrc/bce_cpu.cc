@@ -235,35 +235,18 @@ BCE_INLINE auto dispatch(Type type, F f) {
 template <class Scalar>
 constexpr Type kTypeOf = sizeof(Scalar) == 4 ? Type::kF32 : Type::kF64;
 
-// A row of an operand, from element `begin` on.
-template <class Scalar>
-struct Stream {
-  const Operand& operand;
-  int64_t stride;  // 0 or 1
-  int64_t start;
+// The elements of a tile: columns [column, column + columns) of `rows` rows, whole ones if several.
+struct Span {
+  int64_t row, column;
+  int rows, columns;
 
-  Stream(const Operand& operand, int rank, int64_t row_start, int64_t begin)
-      : operand(operand), stride(operand.strides[rank - 1]), start(row_start + begin * stride) {}
+  int size() const { return rows * columns; }
+};
 
-  // The next `size` elements in the arithmetic's type: in place if they lie there and fill a tile,
-  // else in the buffer, followed by zeros up to whole vectors.
-  const Scalar* load(int64_t done, int size, Scalar* buffer) const {
-    return dispatch(operand.type, [&](auto* type) -> const Scalar* {
-      using Stored = std::remove_pointer_t<decltype(type)>;
-      const Stored* from = static_cast<const Stored*>(operand.data) + start + done * stride;
-      if constexpr (std::is_same_v<Stored, Scalar>) {
-        if (stride == 1 && size == kTile) return from;
-      }
-      if (stride == 1) {
-        widen(from, size, buffer);
-      } else {
-        const Scalar value = convert<Scalar>(*from);
-        for (int i = 0; i < size; ++i) buffer[i] = value;
-      }
-      for (int i = size; i % kSumLanes; ++i) buffer[i] = 0;
-      return buffer;
-    });
-  }
+// Those of its rows that follow each other in the last dimension of rows.
+struct Segment {
+  int rows;
+  RowStart start;  // of its first row
 };
 
 // Where a tile's results go before store(): in place if the tile is full and of the right type.
@@ -402,7 +385,8 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
   return common;
 }
 
-// What the modifiers of a tile come to: no element exists; nothing; a positive weight; or anything.
+// What the modifiers of a tile come to: no element exists; nothing; a positive weight and a mask;
+// or anything.
 enum class Modified { kDropped, kNot, kPositive, kAny };
 
 // The second step: the loss, the gradient, or both.
@@ -413,7 +397,7 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
   Scalar *loss = tile.loss, *gradient = tile.gradient;
   for_each_vector<V>(tile.size, [&](int i) {
     const auto logit = V::load(logits + i), label = V::load(labels + i);
-    auto factor = V::load(tile.factors + i);
+    const auto factor = V::load(tile.factors + i);
     typename V::Float smoothing = {};
     if constexpr (!kCommon) smoothing = V::load(tile.smoothing + i);
     Weight<typename V::Float> weight = {};
@@ -421,12 +405,12 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     if constexpr (kModified == Modified::kPositive) {
       static_assert(kCommon);  // labels are 0 or 1
       const auto one = V::set(1);
-      weight.weight.high = V::select(label == one, V::load(tile.pos_weight + i), one);
-      factor = factor * weight.weight.high;
+      // That of a mask: 0 or 1.
+      weight.weight.high = V::load(tile.weight + i);
+      weight.weight.high *= V::select(label == one, V::load(tile.pos_weight + i), one);
     } else if constexpr (kAny) {
       weight = weight_of<V>({V::load(tile.weight + i), V::load(tile.weight_low + i)},
                             V::load(tile.pos_weight + i), label, smoothing);
-      factor = factor * weight.weight.high;
     }
     const Exponential<V> exponential = {V::load(tile.e + i), V::load(tile.e_low + i),
                                         V::load(tile.e_scale + i)};
@@ -435,10 +419,9 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       // For bfloat16, with fewer digits than half of float32's, this would change nothing for
       // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
       if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
-      if constexpr (kAny && !kCommon)
-        V::store(to + i, weighted<V>({value.high, V::set(0)}, factor).high);
-      else
-        V::store(to + i, value.high * factor);
+      if constexpr (kModified != Modified::kNot)
+        value.high = weighted<V, kCommon>({value.high, V::set(0)}, weight.weight.high).high;
+      V::store(to + i, value.high * factor);
     };
     if constexpr (kLoss) {
       auto value =
@@ -461,53 +444,65 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
   });
 }
 
-// Evaluates a stretch of elements that lie side by side in every operand, tile by tile.
+// A tile of positive weights where there are none.
+template <class Scalar>
+const Scalar* ones() {
+  struct Ones {
+    alignas(64) Scalar numbers[kTile];
+    constexpr Ones() : numbers() {
+      for (Scalar& number : numbers) number = 1;
+    }
+  };
+  static constexpr Ones kOnes;
+  return kOnes.numbers;
+}
+
+BCE_INLINE void finish_row(const Problem& problem, int64_t row, double loss) {
+  if (problem.loss.type == Type::kF64)
+    static_cast<double*>(problem.loss.data)[row] = loss;
+  else
+    static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
+}
+
+// Evaluates elements, tile by tile.
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
 class Evaluation {
  public:
-  Evaluation(const Problem& problem, int64_t row, int64_t begin)
-      : problem_(problem),
-        start_(problem.row_start(row)),
-        logits_stream_(problem.logits, problem.rank, start_.logits, begin),
-        labels_stream_(problem.labels, problem.rank, start_.labels, begin),
-        scale_stream_(problem.scale, problem.rank, start_.scale, begin),
-        smoothing_stream_(problem.smoothing, problem.rank, start_.smoothing, begin),
-        result_start_(row * problem.columns() + begin),
-        factors_vary_(scale_stream_.stride || smoothing_stream_.stride),
-        modified_(problem.modified || scale_stream_.stride) {
-    if (!factors_vary_) load_factors(0, kTile);
-    if (modified_) {
-      for (int i = 0; i < kTile; ++i) {
-        tile_.weight[i] = pos_weight_[i] = 1;
-        tile_.weight_low[i] = 0;
-      }
-      tile_.pos_weight = pos_weight_;
-    }
+  explicit Evaluation(const Problem& problem) : problem_(problem), last_(problem.rank - 1) {
+    const auto one_for_all = [&](const Operand& operand) {
+      for (int d = 0; d < problem.rank; ++d)
+        if (operand.strides[d] != 0) return false;
+      return true;
+    };
+    // Of which all rows, or all elements of one, have the same.
+    one_for_all_ = one_for_all(problem.scale) && one_for_all(problem.divisor) &&
+                   one_for_all(problem.smoothing);
+    one_for_row_ = problem.scale.strides[last_] == 0 && problem.divisor.strides[last_] == 0 &&
+                   problem.smoothing.strides[last_] == 0;
   }
 
-  // Elements [done, done + filled), at most a tile. Its losses, if they are to be added up, are in
-  // the tile that is returned, up to the next multiple of kSumLanes.
-  BCE_INLINE const Tile<Scalar>& evaluate(int64_t done, int filled) {
+  // Its losses, if they are to be added up, are in the tile that is returned, up to the next
+  // multiple of kSumLanes.
+  BCE_INLINE const Tile<Scalar>& evaluate(const Span& span) {
+    const int filled = span.size();
     tile_.size = (filled + kSumLanes - 1) / kSumLanes * kSumLanes;
-    tile_.logits = logits_stream_.load(done, filled, logits_);
-    tile_.labels = labels_stream_.load(done, filled, labels_);
-    if (factors_vary_) load_factors(done, filled);
-    const int64_t offset = result_start_ + done;
+    const bool same_row = span.rows == 1 && located_.rows == 1 && span.row == located_.row;
+    if (!same_row) locate(span);
+    if (!loaded_ || (!one_for_all_ && !(same_row && one_for_row_))) load_factors(span);
+    located_ = span;
+    const int64_t offset = span.row * problem_.columns() + span.column;
     tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
     tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
-    const Modified modified = dropped_    ? Modified::kDropped
-                              : modified_ ? modify(done, filled)
-                                          : Modified::kNot;
-    if (modified == Modified::kDropped) {
+    masked_ = false;
+    if (dropped_) {
       drop();
-    } else if (exponentials<true>(tile_)) {
-      if (modified == Modified::kNot) compute<true, Modified::kNot>();
-      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
-      if (modified == Modified::kAny) compute<true, Modified::kAny>();
+    } else if (problem_.total) {
+      if (problem_.modifiers[kIgnoreLabel].data) load_labels(span);
+      modify(span) == Modified::kDropped ? drop() : take_weights();
     } else {
-      exponentials<false>(tile_);
-      modified == Modified::kNot ? compute<false, Modified::kNot>()
-                                 : compute<false, Modified::kAny>();
+      tile_.logits = load(problem_.logits, &RowStart::logits, span, logits_);
+      load_labels(span);
+      evaluate_elements(span);
     }
     if constexpr (kReduce)
       for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
@@ -516,17 +511,166 @@ class Evaluation {
     return tile_;
   }
 
+  // Writes the losses of the rows of the last tile.
+  BCE_INLINE void finish(const double* sums) const {
+    double losses[kTile];
+    for (int i = 0; i < located_.rows; ++i) {
+      const int own = one_for_all_ ? 0 : i;
+      const double loss = sums[i] * scale_[own] / divisor_[own];
+      losses[i] = scale_[own] == 0 || divisor_[own] == 0 ? 0 : loss;
+    }
+    for (int i = 0; i < located_.rows; ++i) finish_row(problem_, located_.row + i, losses[i]);
+  }
+
  private:
-  void load_factors(int64_t done, int filled) {
-    const Scalar* scale = scale_stream_.load(done, filled, tile_.factors);
-    for (int i = 0; i < filled; ++i)
-      tile_.factors[i] = static_cast<double>(scale[i]) * problem_.inverse_count;
-    const Scalar* smoothing = smoothing_stream_.load(done, filled, tile_.smoothing);
-    if (smoothing != tile_.smoothing)
-      std::memcpy(tile_.smoothing, smoothing, sizeof(Scalar) * kTile);
-    // Unknown, or not zero: a smoothed label is not a hard one.
-    tile_.smoothed = smoothing_stream_.stride || smoothing[0] != 0;
-    dropped_ = !scale_stream_.stride && tile_.factors[0] == 0;
+  void locate(const Span& span) {
+    segments_ = 0;
+    const int64_t together = last_ > 0 ? problem_.shape[last_ - 1] : 1;
+    for (int done = 0; done < span.rows;) {
+      const int64_t row = span.row + done, rest = together - row % together;
+      const int rows = rest < span.rows - done ? static_cast<int>(rest) : span.rows - done;
+      segment_[segments_++] = {rows, problem_.row_start(row)};
+      done += rows;
+    }
+  }
+
+  // Calls f with the place of every element of the tile in an operand.
+  template <class F>
+  BCE_INLINE void for_each_place(const Operand& operand, int64_t RowStart::* start,
+                                 const Span& span, F f) const {
+    const int64_t stride = operand.strides[last_];
+    const int64_t row_stride = last_ > 0 ? operand.strides[last_ - 1] : 0;
+    int i = 0;
+    for (int s = 0; s < segments_; ++s) {
+      int64_t place = segment_[s].start.*start + span.column * stride;
+      for (int row = 0; row < segment_[s].rows; ++row, place += row_stride)
+        for (int column = 0; column < span.columns; ++column) f(i++, place + column * stride);
+    }
+  }
+
+  // The tile's elements of an operand in the arithmetic's type: in place if they lie there in one
+  // piece and fill it, else in the buffer, followed by zeros up to whole vectors.
+  BCE_INLINE const Scalar* load(const Operand& operand, int64_t RowStart::* start, const Span& span,
+                                Scalar* buffer) const {
+    const int size = span.size();
+    const int64_t row_stride = last_ > 0 ? operand.strides[last_ - 1] : 0;
+    const int64_t stride = span.rows > 1 && span.columns == 1 ? row_stride : operand.strides[last_];
+    const bool one_piece = segments_ == 1 && (span.rows == 1 || span.columns == 1 ||
+                                              row_stride == stride * span.columns);
+    return dispatch(operand.type, [&](auto* type) -> const Scalar* {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      const Stored* data = static_cast<const Stored*>(operand.data);
+      const Stored* from = data + segment_[0].start.*start + span.column * stride;
+      if (one_piece && stride == 1) {
+        if constexpr (std::is_same_v<Stored, Scalar>)
+          if (size == kTile) return from;
+        widen(from, size, buffer);
+      } else if (one_piece && stride == 0) {
+        const Scalar value = convert<Scalar>(*from);
+        for (int i = 0; i < size; ++i) buffer[i] = value;
+      } else {
+        for_each_place(operand, start, span,
+                       [&](int i, int64_t place) { buffer[i] = convert<Scalar>(data[place]); });
+      }
+      for (int i = size; i % kSumLanes; ++i) buffer[i] = 0;
+      return buffer;
+    });
+  }
+
+  BCE_INLINE void load_labels(const Span& span) {
+    tile_.labels = load(problem_.labels, &RowStart::labels, span, labels_);
+  }
+
+  // What results are multiplied by: of all, of each row, or of each element.
+  void load_factors(const Span& span) {
+    loaded_ = true;
+    const bool one = one_for_all_ || (one_for_row_ && span.rows == 1);
+    const Span of_rows = {span.row, 0, span.rows, 1};
+    const Span& own = one_for_row_ ? of_rows : span;
+    const int count = one ? 1 : own.size(), width = one ? kTile : one_for_row_ ? span.columns : 1;
+    Scalar scale_buffer[kTile], divisor_buffer[kTile], low_buffer[kTile];
+    const auto numbers = [&](const Operand& operand, int64_t RowStart::* start, Scalar* buffer) {
+      if (!one) return load(operand, start, own, buffer);
+      return static_cast<const Scalar*>(operand.data) + segment_[0].start.*start;
+    };
+    const Scalar* scale = numbers(problem_.scale, &RowStart::scale, scale_buffer);
+    for (int i = 0; i < count; ++i) scale_[i] = scale[i] * problem_.inverse_count;
+    if (problem_.divisor.data) {
+      Operand low = problem_.divisor;
+      low.data = problem_.divisor_low;
+      const Scalar* divisor = numbers(problem_.divisor, &RowStart::divisor, divisor_buffer);
+      const Scalar* lost = numbers(low, &RowStart::divisor, low_buffer);
+      for (int i = 0; i < count; ++i)
+        divisor_[i] = static_cast<double>(divisor[i]) + static_cast<double>(lost[i]);
+    } else {
+      for (int i = 0; i < count; ++i) divisor_[i] = 1;
+    }
+
+    // Nearly all are positive and have no power.
+    bool usual = true;
+    for (int i = 0; i < count; ++i) {
+      const double ratio = scale_[i] / divisor_[i];
+      usual &= ratio <= Factor<Scalar>::kPower && ratio >= 1 / Factor<Scalar>::kPower;
+      rest_[i] = static_cast<Scalar>(ratio);
+    }
+    zeros_ = dropped_ = powers_ = false;
+    tame_ = true;
+    if (!usual) {
+      dropped_ = true;
+      for (int i = 0, k = 0; i < count; ++i) {
+        const Factor<Scalar> factor(scale_[i], divisor_[i]);
+        scale_[i] = factor.scale;
+        rest_[i] = factor.rest;
+        dropped_ &= factor.is_zero();
+        zeros_ |= factor.is_zero();
+        powers_ |= factor.power != 1;
+        tame_ &= factor.rest >= 0 && factor.rest <= Factor<Scalar>::kPower;
+        for (const int end = k + width; k < end; ++k)
+          power_[k] = factor.is_zero() ? Scalar(0) : static_cast<Scalar>(factor.power);
+      }
+    }
+    for (int i = 0, k = 0; i < count; ++i)
+      for (const int end = k + width; k < end; ++k) tile_.factors[k] = rest_[i];
+    for (int k = count * width; k % kSumLanes; ++k) tile_.factors[k] = 1;
+
+    tile_.smoothed = false;
+    if (one) {
+      const Scalar smoothing = *numbers(problem_.smoothing, &RowStart::smoothing, nullptr);
+      for (Scalar& value : tile_.smoothing) value = smoothing;
+      tile_.smoothed = smoothing != 0;
+    } else {
+      const Scalar* smoothing =
+          load(problem_.smoothing, &RowStart::smoothing, span, tile_.smoothing);
+      for (int k = 0; k < span.size(); ++k) tile_.smoothed |= smoothing[k] != 0;
+      if (smoothing != tile_.smoothing)
+        std::memcpy(tile_.smoothing, smoothing, sizeof tile_.smoothing);
+    }
+  }
+
+  BCE_INLINE void evaluate_elements(const Span& span) {
+    const bool modifies = problem_.modified || zeros_ || powers_;
+    const Modified modified = modifies ? modify(span) : Modified::kNot;
+    if (modified == Modified::kDropped) {
+      drop();
+    } else if (exponentials<true>(tile_) && !powers_) {
+      if (modified == Modified::kNot) compute<true, Modified::kNot>();
+      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
+      if (modified == Modified::kAny) compute<true, Modified::kAny>();
+    } else {
+      exponentials<false>(tile_);
+      if (modified == Modified::kPositive)  // of which all weights are exact
+        for (Scalar& low : tile_.weight_low) low = 0;
+      modified == Modified::kNot ? compute<false, Modified::kNot>()
+                                 : compute<false, Modified::kAny>();
+    }
+    // A factor that is not a number, or negative, would show where an element does not exist.
+    if (masked_ && !tame_) {
+      for (int i = 0; i < span.size(); ++i) {
+        if (keep_[i] != 0) continue;
+        if constexpr (kLoss && !kReduce) tile_.loss[i] = 0;
+        if constexpr (kGradient) tile_.gradient[i] = 0;
+      }
+    }
   }
 
   template <bool kCommon, Modified kModified>
@@ -543,80 +687,110 @@ class Evaluation {
     }
   }
 
+  void take_weights() {
+    if constexpr (kLoss) {
+      using V = Vector<Scalar>;
+      for_each_vector<V>(tile_.size, [&](int i) {
+        const auto weight =
+            finite_low<V>({V::load(tile_.weight + i), V::load(tile_.weight_low + i)});
+        V::store(tile_.loss + i, weight.high);
+        V::store(tile_.loss_low + i, weight.low);
+      });
+    }
+  }
+
   // Loads the modifiers of a tile, and puts a harmless element in the place of one that does not
   // exist.
-  Modified modify(int64_t done, int filled) {
+  Modified modify(const Span& span) {
     using V = Vector<Scalar>;
-    const int64_t element = result_start_ + done;
+    const int filled = span.size();
+    const int64_t element = span.row * problem_.columns() + span.column;
     const auto given = [&](ModifierName name) { return problem_.modifiers[name].data != nullptr; };
     bool constant;
     const auto numbers = [&](ModifierName name, Scalar* buffer) {
-      return load(problem_.modifiers[name], element, filled, buffer, &constant);
+      return ::jax_bce::load(problem_.modifiers[name], element, filled, buffer, &constant);
     };
-    alignas(64) Scalar keep[kTile], buffer[kTile];
-    bool masked = false;
+    alignas(64) Scalar buffer[kTile];
     const auto begin_mask = [&] {
-      for (int i = 0; !masked && i < filled; ++i) keep[i] = 1;
-      masked = true;
+      for (int i = 0; !masked_ && i < filled; ++i) keep_[i] = 1;
+      masked_ = true;
     };
     if (given(kWhere)) {
-      numbers(kWhere, keep);
-      if (constant && keep[0] == 0) return Modified::kDropped;
-      masked = !constant;
+      const Scalar* where = numbers(kWhere, keep_);
+      if (constant && where[0] == 0) return Modified::kDropped;
+      masked_ = !constant;
     }
     if (given(kIgnoreLabel)) {
       begin_mask();
-      ignore(done, filled, keep);
+      ignore(span);
     }
-    if (scale_stream_.stride) {
+    if (zeros_) {
       begin_mask();
-      for (int i = 0; i < filled; ++i) keep[i] = tile_.factors[i] == 0 ? 0 : keep[i];
+      for (int i = 0; i < filled; ++i) keep_[i] = power_[i] == 0 ? 0 : keep_[i];
     }
-    const bool weighs = given(kWeight) || given(kSampleWeight);
-    if (weighs) {
+    const bool two_weights = given(kWeight) && given(kSampleWeight);
+    const bool weighs = given(kWeight) || given(kSampleWeight) || powers_;
+    if (given(kWeight) || given(kSampleWeight)) {
       const Scalar* weight = numbers(given(kWeight) ? kWeight : kSampleWeight, buffer);
       std::memcpy(tile_.weight, weight, filled * sizeof(Scalar));
-      if (given(kWeight) && given(kSampleWeight)) {
-        const Scalar* other = numbers(kSampleWeight, buffer);
-        for_each_vector<V>(tile_.size, [&](int i) {
-          const auto a = V::load(tile_.weight + i), b = V::load(other + i);
-          V::store(tile_.weight + i, a * b);
-          V::store(tile_.weight_low + i, V::fma(a, b, -(a * b)));
-        });
-      }
     } else {
       for (Scalar& weight : tile_.weight) weight = 1;
     }
-    if (given(kPosWeight)) tile_.pos_weight = numbers(kPosWeight, pos_weight_);
-    if (!masked)
+    if (two_weights) {
+      const Scalar* other = numbers(kSampleWeight, buffer);
+      for_each_vector<V>(tile_.size, [&](int i) {
+        const auto a = V::load(tile_.weight + i), b = V::load(other + i);
+        V::store(tile_.weight + i, a * b);
+        V::store(tile_.weight_low + i, V::fma(a, b, -(a * b)));
+      });
+    } else if (weighs || problem_.total) {
+      for (Scalar& low : tile_.weight_low) low = 0;
+    }
+    if (powers_) {
+      for (int i = 0; i < filled; ++i) {
+        tile_.weight[i] *= power_[i];
+        tile_.weight_low[i] *= power_[i];
+      }
+    }
+    tile_.pos_weight = given(kPosWeight) ? numbers(kPosWeight, pos_weight_) : ones<Scalar>();
+    if (!masked_)
       return weighs ? Modified::kAny : given(kPosWeight) ? Modified::kPositive : Modified::kNot;
 
-    for (int i = filled; i < tile_.size; ++i) keep[i] = 0;
+    for (int i = filled; i < tile_.size; ++i) keep_[i] = 0;
     typename V::Float kept = {};
+    const auto select = [&](int i, Scalar* to, const Scalar* from, Scalar otherwise) {
+      const auto exists = V::load(keep_ + i) != V::set(0);
+      V::store(to + i, V::select(exists, V::load(from + i), V::set(otherwise)));
+    };
     for_each_vector<V>(tile_.size, [&](int i) {
-      const auto keeps = V::load(keep + i), zero = V::set(0);
-      const auto select = [&](Scalar* to, const Scalar* from, typename V::Float otherwise) {
-        V::store(to + i, V::select(keeps != zero, V::load(from + i), otherwise));
-      };
-      kept += keeps;
-      select(logits_, tile_.logits, zero);
-      select(labels_, tile_.labels, zero);
-      select(tile_.weight, tile_.weight, zero);
-      select(tile_.weight_low, tile_.weight_low, zero);
-      select(pos_weight_, tile_.pos_weight, V::set(1));
+      kept += V::load(keep_ + i);
+      select(i, tile_.weight, tile_.weight, 0);
     });
-    tile_.logits = logits_;
-    tile_.labels = labels_;
-    tile_.pos_weight = pos_weight_;
+    if (two_weights)
+      for_each_vector<V>(tile_.size,
+                         [&](int i) { select(i, tile_.weight_low, tile_.weight_low, 0); });
+    if (!problem_.total) {
+      for_each_vector<V>(tile_.size, [&](int i) {
+        select(i, logits_, tile_.logits, 0);
+        select(i, labels_, tile_.labels, 0);
+      });
+      tile_.logits = logits_;
+      tile_.labels = labels_;
+      if (given(kPosWeight)) {
+        for_each_vector<V>(tile_.size, [&](int i) { select(i, pos_weight_, tile_.pos_weight, 1); });
+        tile_.pos_weight = pos_weight_;
+      }
+    }
     bool any = false;
     for (int i = 0; i < V::kLanes; ++i) any |= kept[i] != 0;
-    return any ? Modified::kAny : Modified::kDropped;
+    if (!any) return Modified::kDropped;
+    return weighs ? Modified::kAny : Modified::kPositive;
   }
 
   // Takes away the elements whose label, as stored, is to be ignored.
-  void ignore(int64_t done, int filled, Scalar* keep) {
+  void ignore(const Span& span) {
     const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
-    const int64_t element = result_start_ + done;
+    const int64_t element = span.row * problem_.columns() + span.column;
     const bool one = modifier.rank == 1 && modifier.strides[0] == 0;
     dispatch(modifier.type, [&](auto* type) {
       using Stored = std::remove_pointer_t<decltype(type)>;
@@ -624,40 +798,43 @@ class Evaluation {
       if constexpr (sizeof(Stored) < sizeof(Scalar) || std::is_same_v<Stored, Scalar>) {
         if (one) {  // the arithmetic's type holds them all
           const Scalar other = convert<Scalar>(*ignored);
-          for (int i = 0; i < filled; ++i) keep[i] = tile_.labels[i] == other ? 0 : keep[i];
+          for (int i = 0; i < span.size(); ++i) keep_[i] = tile_.labels[i] == other ? 0 : keep_[i];
           return;
         }
       }
-      const Stored* labels = static_cast<const Stored*>(problem_.labels.data) +
-                             labels_stream_.start + done * labels_stream_.stride;
-      for (int i = 0; i < filled; ++i) {
-        const Stored label = labels[labels_stream_.stride ? i : 0];
+      const Stored* labels = static_cast<const Stored*>(problem_.labels.data);
+      for_each_place(problem_.labels, &RowStart::labels, span, [&](int i, int64_t place) {
         const Stored other = ignored[one ? 0 : modifier.offset(element + i)];
         using Exact = std::conditional_t<std::is_class_v<Stored>, float, Stored>;
-        keep[i] = convert<Exact>(label) == convert<Exact>(other) ? 0 : keep[i];
-      }
+        if (convert<Exact>(labels[place]) == convert<Exact>(other)) keep_[i] = 0;
+      });
     });
   }
 
   const Problem& problem_;
-  const RowStart start_;
-  const Stream<Scalar> logits_stream_, labels_stream_, scale_stream_, smoothing_stream_;
-  const int64_t result_start_;
-  const bool factors_vary_, modified_;
-  bool dropped_ = false;  // by a scale of 0
+  const int last_;  // dimension
+  bool one_for_all_, one_for_row_;
+  Span located_ = {-1, 0, 0, 0};  // whose segments these are
+  int segments_ = 0;
+  Segment segment_[kTile];
+  // Of the factors: whether they are there; all 0; whether one is 0, has a power, all are finite
+  // and not negative.
+  bool loaded_ = false, dropped_, zeros_, powers_, tame_;
+  double scale_[kTile], divisor_[kTile];  // of which the factors are made
+  bool masked_;                           // by keep_
   Tile<Scalar> tile_;
   alignas(64) Scalar logits_[kTile], labels_[kTile], loss_[kTile], gradient_[kTile];
-  alignas(64) Scalar pos_weight_[kTile];
+  alignas(64) Scalar pos_weight_[kTile], power_[kTile], keep_[kTile], rest_[kTile];
 };
 
+// The sum of a block, if problem.reduce.
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
-double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  const GradualUnderflow mode;
-  Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem, row, begin);
+double block(Evaluation<Scalar, kReduce, kLoss, kGradient>& evaluation, int64_t row, int64_t begin,
+             int64_t size) {
   double threads[kFold] = {}, sum = 0;
   for (int64_t done = 0; done < size; done += kTile) {
     const int filled = static_cast<int>(size - done < kTile ? size - done : kTile);
-    const Tile<Scalar>& tile = evaluation.evaluate(done, filled);
+    const Tile<Scalar>& tile = evaluation.evaluate({row, begin + done, 1, filled});
     if constexpr (kReduce) {
       sum_threads(tile, threads + done % kGroup / kTile * kTileThreads);
       if ((done + kTile) % kGroup == 0 || done + kTile >= size) {
@@ -670,29 +847,32 @@ double block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
 }
 
 template <class Scalar>
-void finish(const Problem& problem, int64_t row, double sum) {
-  const double scale = static_cast<const Scalar*>(problem.scale.data)[problem.row_start(row).scale];
-  const double loss = sum * scale * problem.inverse_count;
-  if (problem.loss.type == Type::kF64)
-    static_cast<double*>(problem.loss.data)[row] = loss;
-  else
-    static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
+double row_loss(const Problem& problem, int64_t row, double sum) {
+  const RowStart start = problem.row_start(row);
+  return problem.factor_at<Scalar>(start.scale, start.divisor).times(sum);
 }
 
 // The sum of a short row, at most a tile.
 template <class Scalar>
-double sum_row(const Scalar* high, const Scalar* low, int size) {
-  double threads[kTileThreads] = {};
-  for (int t = 0; t * kQuad < size && t < kTileThreads; ++t) {
-    double lane[kQuad] = {};
-    for (int c = 0; c < kQuad; ++c) {
-      Scalar sum_low = 0;
-      for (int i = t * kQuad + c; i < size; i += kSumLanes) {
-        lane[c] += high[i];
-        sum_low += low[i];
-      }
-      lane[c] += sum_low;
+BCE_INLINE double sum_row(const Scalar* high, const Scalar* low, int size) {
+  if (size <= kQuad) {  // of one thread
+    const auto lane = [&](int c) {
+      return c < size ? static_cast<double>(high[c]) + static_cast<double>(low[c]) : 0;
+    };
+    return (lane(0) + lane(2)) + (lane(1) + lane(3));
+  }
+  double lanes[kSumLanes] = {}, threads[kTileThreads];
+  Scalar lanes_low[kSumLanes] = {};
+  for (int begin = 0; begin < size; begin += kSumLanes) {
+    const int end = size - begin < kSumLanes ? size - begin : kSumLanes;
+    for (int i = 0; i < end; ++i) {
+      lanes[i] += high[begin + i];
+      lanes_low[i] += low[begin + i];
     }
+  }
+  for (int i = 0; i < kSumLanes; ++i) lanes[i] += lanes_low[i];
+  for (int t = 0; t < kTileThreads; ++t) {
+    const double* lane = lanes + t * kQuad;
     threads[t] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
   }
   for (int half = kTileThreads / 2; half > 0; half /= 2)
@@ -700,41 +880,28 @@ double sum_row(const Scalar* high, const Scalar* low, int size) {
   return threads[0];
 }
 
-// Whether the rows lie side by side in every operand, so that a tile may hold several.
-bool side_by_side(const Problem& problem) {
-  const int64_t columns = problem.columns();
-  if (problem.rank != 2) return false;
-  const auto dense = [&](const Operand& operand) {
-    return operand.strides[0] == columns * operand.strides[1];
-  };
-  const auto constant = [](const Operand& operand) {
-    return operand.strides[0] == 0 && operand.strides[1] == 0;
-  };
-  return dense(problem.logits) && dense(problem.labels) && constant(problem.scale) &&
-         constant(problem.smoothing);
-}
-
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
 void rows(const Problem& problem, int64_t first, int64_t last) {
   const GradualUnderflow mode;
   const int columns = static_cast<int>(problem.columns());
-  if constexpr (kReduce) {
-    if (columns > 0 && columns <= kShortRow && side_by_side(problem)) {
-      Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem, first, 0);
-      const int rows_in_tile = kTile / columns;
-      for (int64_t row = first; row < last; row += rows_in_tile) {
-        const int filled = static_cast<int>(last - row < rows_in_tile ? last - row : rows_in_tile);
-        const Tile<Scalar>& tile = evaluation.evaluate((row - first) * columns, filled * columns);
-        for (int i = 0; i < filled; ++i)
-          finish<Scalar>(problem, row + i,
-                         sum_row(tile.loss + i * columns, tile.loss_low + i * columns, columns));
+  Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem);
+  if (columns > 0 && columns <= kShortRow) {
+    const int rows_in_tile = kTile / columns;
+    for (int64_t row = first; row < last; row += rows_in_tile) {
+      const int rows = static_cast<int>(last - row < rows_in_tile ? last - row : rows_in_tile);
+      const Tile<Scalar>& tile = evaluation.evaluate({row, 0, rows, columns});
+      if constexpr (kReduce) {
+        double sums[kTile];
+        for (int i = 0; i < rows; ++i)
+          sums[i] = sum_row(tile.loss + i * columns, tile.loss_low + i * columns, columns);
+        evaluation.finish(sums);
       }
-      return;
     }
+    return;
   }
   for (int64_t row = first; row < last; ++row) {
-    const double sum = block<Scalar, kReduce, kLoss, kGradient>(problem, row, 0, columns);
-    if constexpr (kReduce) finish<Scalar>(problem, row, sum);
+    const double sum = block(evaluation, row, 0, columns);
+    if constexpr (kReduce) finish_row(problem, row, row_loss<Scalar>(problem, row, sum));
   }
 }
 
@@ -755,8 +922,9 @@ BCE_INLINE auto specialize(const Problem& problem, F f) {
 
 double any_block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
   return specialize(problem, [&](auto* scalar, auto reduce, auto loss, auto gradient) {
-    return block<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient>(problem, row,
-                                                                                  begin, size);
+    const GradualUnderflow mode;
+    Evaluation<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient> evaluation(problem);
+    return block(evaluation, row, begin, size);
   });
 }
 
@@ -772,8 +940,9 @@ void finish_blocks(const Problem& problem, int64_t row, const double* sums, int6
   for (int64_t block = 0; block < blocks; ++block)
     threads[block % (kGroupsInBlock * kFold)] += sums[block];
   for (int i = 0; i < kGroupsInBlock; ++i) sum += fold(threads + i * kFold);
-  problem.scale.type == Type::kF64 ? finish<double>(problem, row, sum)
-                                   : finish<float>(problem, row, sum);
+  finish_row(problem, row,
+             problem.scale.type == Type::kF64 ? row_loss<double>(problem, row, sum)
+                                              : row_loss<float>(problem, row, sum));
 }
 
 }  // namespace

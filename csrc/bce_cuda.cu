@@ -327,9 +327,8 @@ __device__ double sum_of_warps(double number) {
 }
 
 template <class Scalar>
-__device__ void finish_row(const Problem& problem, int64_t row, int64_t scale_start, double sum) {
-  const double scale = static_cast<const Scalar*>(problem.scale.data)[scale_start];
-  const double loss = sum * scale * problem.inverse_count;
+__device__ void finish_row(const Problem& problem, int64_t row, const RowStart& start, double sum) {
+  const double loss = problem.factor_at<Scalar>(start.scale, start.divisor).times(sum);
   if (problem.loss.type == Type::kF64)
     static_cast<double*>(problem.loss.data)[row] = loss;
   else
@@ -349,7 +348,9 @@ class Share {
       : problem_(problem),
         row_(row),
         start_(start),
-        factor_(problem.columns() ? factor_at(0) : 0),
+        factor_(problem.columns() ? factor_at(0) : Factor<Scalar>(0, 1)),
+        rest_(factor_.rest),
+        power_(static_cast<Scalar>(factor_.power)),
         smoothing_(problem.columns() ? smoothing_at(0) : 0),
         usual_(is_usual()) {
     const int lane = threadIdx.x % kWarp;
@@ -365,7 +366,7 @@ class Share {
 
   // Returns the sum of the elements if problem.reduce.
   __device__ double evaluate() {
-    if (is_broadcast(problem_.scale) && factor_ == 0) {
+    if (one_factor() && factor_.is_zero()) {
       const Scalar zeros[kQuad] = {};
 #pragma unroll 1
       for (; left_ > 0; advance(32)) {
@@ -401,9 +402,15 @@ class Share {
   __device__ bool is_broadcast(const Operand& operand) const {
     return operand.strides[problem_.rank - 1] == 0;
   }
-  __device__ Scalar factor_at(int64_t i) const {
-    const Scalar scale = static_cast<const Scalar*>(problem_.scale.data)[start_.scale + i];
-    return static_cast<Scalar>(scale * problem_.inverse_count);
+  __device__ bool one_factor() const {
+    return is_broadcast(problem_.scale) && is_broadcast(problem_.divisor);
+  }
+  __device__ Factor<Scalar> factor_at(int64_t i) const {
+    const auto place = [&](int64_t start, const Operand& operand) {
+      return start + i * operand.strides[problem_.rank - 1];
+    };
+    return problem_.factor_at<Scalar>(place(start_.scale, problem_.scale),
+                                      place(start_.divisor, problem_.divisor));
   }
   __device__ Scalar smoothing_at(int64_t i) const {
     return static_cast<const Scalar*>(problem_.smoothing.data)[start_.smoothing + i];
@@ -420,10 +427,10 @@ class Share {
     const auto fits = [](const Result& result) {
       return !result.data || result.type == kTypeOf<Logit>;
     };
-    bool usual = is_broadcast(problem_.scale) && is_broadcast(problem_.smoothing) &&
+    bool usual = one_factor() && power_ == 1 && is_broadcast(problem_.smoothing) &&
                  fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
     if constexpr (kNarrow) {
-      const Scalar divisor = magnitude_of<L>(L::reciprocal(factor_));
+      const Scalar divisor = magnitude_of<L>(L::reciprocal(rest_));
       usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
     }
     return usual;
@@ -445,7 +452,7 @@ class Share {
     // Evaluated together, while as many more are on their way: some 20 KiB on a multiprocessor.
     constexpr bool kWide = sizeof(Logit) == 8 || sizeof(Label) == 8;
     constexpr int kQuads = kWide ? 1 : kNarrow ? 4 : 2;
-    const Scalar divisor = L::reciprocal(factor_);
+    const Scalar divisor = L::reciprocal(rest_);
     const Label one = one_of<Label>(problem_.labels.type);
     constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
     Quad<Logit> logits[kQuads];
@@ -513,8 +520,8 @@ class Share {
     Scalar factors[kQuad], turned[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      factors[c] = factor_;
-      turned[c] = L::from_bits(L::to_bits(factor_) ^ signs.bits[c]);
+      factors[c] = rest_;
+      turned[c] = L::from_bits(L::to_bits(rest_) ^ signs.bits[c]);
     }
     evaluate_wide<true, false, kQuad>(0, z, zeros, zeros, factors, turned,
                                       [&](const Result& to, const Scalar* values) {
@@ -536,7 +543,7 @@ class Share {
       for (int c = 0; c < kQuad; ++c) add(c, narrow[c], L::max(z[c], 0));
     } else if (with_loss()) {
       const auto loss = [&](int c) {
-        return factor_ *
+        return rest_ *
                L::fma(2, narrow[c].half_log1p.high + narrow[c].half_log1p.low, L::max(z[c], 0));
       };
       store_plain(problem_.loss, result,
@@ -581,7 +588,7 @@ class Share {
       x[c] = convert(logits.get(c));
       y[c] = label_of<Scalar>(problem_.labels.type, labels.get(c));
       smoothing[c] = c < left_ ? smoothing_ : 0;
-      factor[c] = factor_;
+      factor[c] = rest_;
       if (c < left_ && !is_broadcast(problem_.smoothing)) smoothing[c] = smoothing_at(column + c);
     }
     if constexpr (kNarrow) {
@@ -640,9 +647,9 @@ class Share {
     };
     const Operand& labels = problem_.labels;
     const int64_t label = start_.labels + (is_broadcast(labels) ? 0 : column);
-    Scalar y = number_at<Scalar>(labels.data, labels.type, label), factor = factor_;
-    if (!is_broadcast(problem_.scale)) factor = factor_at(column);
-    bool exists = factor != 0 && number(kWhere) != 0;
+    Scalar y = number_at<Scalar>(labels.data, labels.type, label);
+    const Factor<Scalar> factor = one_factor() ? factor_ : factor_at(column);
+    bool exists = !factor.is_zero() && number(kWhere) != 0;
     if (const Modifier& ignored = problem_.modifiers[kIgnoreLabel]; ignored.data)
       exists = exists &&
                !same_number(labels.type, labels.data, label, ignored.data, ignored.offset(element));
@@ -655,9 +662,18 @@ class Share {
       x = y = 0;
     }
     const Scalar smoothing = is_broadcast(problem_.smoothing) ? smoothing_ : smoothing_at(column);
+    const Scalar power = static_cast<Scalar>(factor.power);
+    weight = {weight.high * power, weight.low * power};
+    if (problem_.total) {
+      weight = finite_low<L>(weight);
+      high_[c] += weight.high;
+      low_[c] += weight.low;
+      return;
+    }
     const Weight<Scalar> own = weight_of<L>(weight, pos_weight, y, smoothing);
-    factor *= own.weight.high;
-    evaluate_wide<false, true, 1>(c, &x, &y, &smoothing, &factor, &factor, keep, own);
+    // One that is not a number, or negative, would show where an element does not exist.
+    const Scalar rest = exists ? factor.rest : 0;
+    evaluate_wide<false, true, 1>(c, &x, &y, &smoothing, &rest, &rest, keep, own);
   }
 
   // Of a label of 0 or 1, the bits of evaluate_narrow.
@@ -669,14 +685,14 @@ class Share {
       if (problem_.reduce) {
         add(c, narrow, linear);
       } else {
-        const Scalar loss = factor_ * L::fma(2, narrow.half_log1p.high + narrow.half_log1p.low,
-                                             static_cast<Scalar>(linear));
+        const Scalar loss = rest_ * L::fma(2, narrow.half_log1p.high + narrow.half_log1p.low,
+                                           static_cast<Scalar>(linear));
         keep(problem_.loss, &loss);
       }
     }
     if (with_gradient()) {
       const Scalar coefficient = soft_coefficient_of<Scalar>(x, y, smoothing_);
-      const Scalar gradient = soft_gradient_of<L>(x, coefficient, narrow.e, L::reciprocal(factor_));
+      const Scalar gradient = soft_gradient_of<L>(x, coefficient, narrow.e, L::reciprocal(rest_));
       keep(problem_.gradient, &gradient);
     }
   }
@@ -687,8 +703,9 @@ class Share {
   __device__ void evaluate_wide(int lane, const Scalar* x, const Scalar* y, const Scalar* smoothing,
                                 const Scalar* factor, const Scalar* gradient_factor,
                                 const Keep& keep, Weight<Scalar> weight = {}) {
-    const auto times_factor = [](Scalar value, Scalar factor) {
-      if constexpr (kModified) return weighted<L>({value, 0}, factor).high;
+    const auto times_factor = [&](Scalar value, Scalar factor) {
+      if constexpr (kModified) value = weighted<L>({value, 0}, weight.weight.high).high;
+      if constexpr (!kCommon && !kModified) value *= power_;
       return value * factor;
     };
     Exponential<L> exponential[kCount];
@@ -705,6 +722,8 @@ class Share {
         BCE_UNROLL
         for (int c = 0; c < kCount; ++c) {
           if constexpr (kModified) pairs[c] = weighted<L>(pairs[c], weight.weight);
+          if constexpr (!kCommon && !kModified)
+            pairs[c] = {pairs[c].high * power_, pairs[c].low * power_};
           high_[lane + c] += pairs[c].high;
           low_[lane + c] += pairs[c].low;
         }
@@ -731,7 +750,8 @@ class Share {
   const Problem& problem_;
   const int64_t row_;
   const RowStart& start_;
-  const Scalar factor_, smoothing_;  // of the row's first element
+  const Factor<Scalar> factor_;  // this and the next are of the row's first element
+  const Scalar rest_, power_, smoothing_;
   const bool usual_;
   // Of what is to be done: how many elements, where they are (if not broadcast), where results go.
   int left_;
@@ -758,7 +778,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
     if (!problem.reduce) continue;
     const double total = fold(sum);
     if (threadIdx.x % kWarp == 0)
-      finish_row<decltype(convert(Logit()))>(problem, row, start.scale, total);
+      finish_row<decltype(convert(Logit()))>(problem, row, start, total);
   }
 }
 
@@ -776,7 +796,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
     const double total = sum_of_warps(sum);
     if (threadIdx.x != 0) continue;
     if (gridDim.x == 1)
-      finish_row<decltype(convert(Logit()))>(problem, row, start.scale, total);
+      finish_row<decltype(convert(Logit()))>(problem, row, start, total);
     else
       workspace[row * gridDim.x + blockIdx.x] = total;
   }
@@ -792,7 +812,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t block = threadIdx.x; block < blocks; block += kThreads)
       sum += workspace[row * blocks + block];
     sum = sum_of_warps(sum);
-    if (threadIdx.x == 0) finish_row<Scalar>(problem, row, problem.row_start(row).scale, sum);
+    if (threadIdx.x == 0) finish_row<Scalar>(problem, row, problem.row_start(row), sum);
   }
 }
 
@@ -824,7 +844,9 @@ cudaError_t launch_for(const Problem& problem, double* workspace, CUstream_st* s
 
 template <class Logit>
 cudaError_t launch_for(const Problem& problem, double* workspace, CUstream_st* stream) {
-  if (problem.modified || problem.scale.strides[problem.rank - 1] != 0)
+  const int last = problem.rank - 1;
+  if (problem.modified || problem.total || problem.scale.strides[last] != 0 ||
+      problem.divisor.strides[last] != 0)
     return launch_for<Logit, Any>(problem, workspace, stream);
   switch (problem.labels.type) {
     case Type::kBool:

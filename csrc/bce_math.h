@@ -409,6 +409,14 @@ BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> w
   return {{high, low}, Lanes::select(exact == one, one, rest)};
 }
 
+// What was lost of an infinite number is not a number: 0 instead.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> finite_low(Pair<typename Lanes::Float> pair) {
+  const auto infinity = Lanes::set(Format<typename Lanes::Scalar>::kInfinity);
+  return {pair.high,
+          Lanes::select(magnitude_of<Lanes>(pair.high) < infinity, pair.low, Lanes::set(0))};
+}
+
 template <class Float>
 BCE_INLINE Float high_of(Float number) {
   return number;
@@ -429,9 +437,7 @@ BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> valu
     const Float dropped = Lanes::select(high_of(weight) == zero, zero, value.high);
     value.high = Lanes::select(magnitude_of<Lanes>(value.high) == infinity, dropped, value.high);
   }
-  const Pair<Float> product = product_of<Lanes>(value, weight);
-  const auto finite = magnitude_of<Lanes>(product.high) < infinity;
-  return {product.high, Lanes::select(finite, product.low, zero)};
+  return finite_low<Lanes>(product_of<Lanes>(value, weight));
 }
 
 // The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a

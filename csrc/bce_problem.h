@@ -61,21 +61,52 @@ struct Result {
 
 // Where a row starts in each operand, in elements.
 struct RowStart {
-  int64_t logits, labels, scale, smoothing;
+  int64_t logits, labels, scale, smoothing, divisor;
 };
 
-// loss = scale / count * (element, or the sum of a row of elements), gradient likewise.
+// What results are multiplied by: scale / count / divisor. Where that is beyond the exponents that
+// a Scalar has to spare, weights are multiplied by `power`, and the rest is what is left.
+template <class Scalar>
+struct Factor {
+  static constexpr double kPower = sizeof(Scalar) == 4 ? 0x1p100 : 0x1p900;
+  double scale, divisor, power;
+  Scalar rest;
+
+  BCE_INLINE Factor(double scale_over_count, double divisor)
+      : scale(scale_over_count), divisor(divisor), power(1), rest(0) {
+    if (is_zero()) return;
+    double ratio = scale / divisor;
+    const double magnitude = ratio < 0 ? -ratio : ratio;
+    if (magnitude > kPower || magnitude < 1 / kPower) {
+      power = magnitude > kPower ? kPower : 1 / kPower;
+      scale /= power;
+      ratio = scale / divisor;
+    }
+    rest = static_cast<Scalar>(ratio);
+  }
+
+  // Results are 0 then, whatever the elements are.
+  BCE_INLINE bool is_zero() const { return scale == 0 || divisor == 0; }
+  // A sum of elements with such weights, as a result.
+  BCE_INLINE double times(double sum) const { return is_zero() ? 0 : sum * scale / divisor; }
+};
+
+// loss = scale / count / divisor * (element, or the sum of a row of elements), gradient likewise.
 // The dimensions are as few as the operands' strides allow. The last one holds a row: contiguous
 // or broadcast in every operand, and summed into one loss if `reduce`.
-// scale and smoothing have the arithmetic's type: float64 for float64 logits, float32 otherwise.
-// smoothing draws a label to 1/2. Where scale is 0, so are the results, whatever the element is.
+// scale, smoothing and divisor have the arithmetic's type: float64 for float64 logits, float32
+// otherwise. smoothing draws a label to 1/2. The divisor comes with what its rounding lost, or is
+// not there, which is 1. Where scale or divisor is 0, so are the results, whatever the element is.
 // weight and sample_weight multiply an element's results, pos_weight its label in the formulas'
 // y term. An element does not exist, and its results are 0, where `where` is false or its label, as
 // stored, is ignore_label, which has the labels' type.
+// If `total`, the weights of the elements that exist stand in the place of their losses.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
-  Operand logits, labels, scale, smoothing;
+  Operand logits, labels, scale, smoothing, divisor;
+  const void* divisor_low = nullptr;  // lies as divisor does
+  bool total = false;
   Modifier modifiers[kModifiers];
   bool modified;  // there is one
   Result loss, gradient;
@@ -83,12 +114,13 @@ struct Problem {
   double inverse_count;
 
   BCE_INLINE RowStart row_start(int64_t row) const {
-    RowStart start = {0, 0, 0, 0};
+    RowStart start = {0, 0, 0, 0, 0};
     const auto advance = [&](int dimension, int64_t steps) {
       start.logits += steps * logits.strides[dimension];
       start.labels += steps * labels.strides[dimension];
       start.scale += steps * scale.strides[dimension];
       start.smoothing += steps * smoothing.strides[dimension];
+      start.divisor += steps * divisor.strides[dimension];
     };
     for (int d = rank - 2; d > 0; --d) {
       advance(d, row % shape[d]);
@@ -96,6 +128,16 @@ struct Problem {
     }
     if (rank > 1) advance(0, row);
     return start;
+  }
+
+  // Of the element at these places of scale and divisor.
+  template <class Scalar>
+  BCE_INLINE Factor<Scalar> factor_at(int64_t scale_at, int64_t divisor_at) const {
+    const auto number = [](const void* data, int64_t i, double absent) {
+      return data ? static_cast<double>(static_cast<const Scalar*>(data)[i]) : absent;
+    };
+    return {number(scale.data, scale_at, 1) * inverse_count,
+            number(divisor.data, divisor_at, 1) + number(divisor_low, divisor_at, 0)};
   }
 
   BCE_INLINE int64_t columns() const { return shape[rank - 1]; }

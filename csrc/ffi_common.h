@@ -2,11 +2,13 @@
 // into a Problem, and what their Python modules offer. JAX has validated the call already; these
 // checks keep a call from elsewhere from reading past a buffer.
 //
-// Three targets, one signature:
+// Four targets, one signature:
 //     jax_bce_v1_loss            (logits, labels, scale, smoothing) -> loss
 //     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
-// More operands may follow, those of bce_problem.h's ModifierName that "modifiers" has bits for.
+//     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
+// More operands may follow: those of bce_problem.h's ModifierName that "modifiers" has bits for,
+// and, with the next two bits, a divisor and what its rounding lost.
 // On "CUDA", a fourth result may follow where a row has several blocks: room for their sums.
 // The operands have one rank and are broadcast against each other (dimensions of size 1), and a
 // scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
@@ -62,6 +64,8 @@ inline ffi::Error invalid(const std::string& what) {
 }
 
 constexpr int kOperands = 4;
+constexpr int kDivisor = kOperands,
+              kBroadcast = kOperands + 1;  // the operands that rows step through
 
 // The dimensions of a modifier, as few as its strides allow, against those of the results.
 inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64_t* shape,
@@ -100,8 +104,9 @@ inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64
 inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::RemainingArgs more,
                            ffi::RemainingRets results, bool loss, bool gradient, int64_t modifiers,
                            int64_t reduced_rank, int64_t count, Problem* problem) {
-  Operand* operands[] = {&problem->logits, &problem->labels, &problem->scale, &problem->smoothing};
-  const std::string names[] = {"logits", "labels", "scale", "smoothing"};
+  Operand* operands[] = {&problem->logits, &problem->labels, &problem->scale, &problem->smoothing,
+                         &problem->divisor};
+  const std::string names[] = {"logits", "labels", "scale", "smoothing", "divisor"};
   const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight", "where",
                                         "ignore_label"};
   const int64_t rank = buffers[0].dimensions().size();
@@ -132,6 +137,29 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       return invalid("a modifier and logits differ in rank");
     all.push_back(*buffer);
   }
+  // The divisor comes last, in two parts.
+  const int64_t parts = modifiers >> kModifiers;
+  const bool divides = parts == 3;
+  if (parts != 0 && !divides) return invalid("an operand too many");
+  if (divides && more.size() < 2) return invalid("divisor is missing");
+  problem->divisor = {};
+  if (divides) {
+    const ffi::AnyBuffer &high = all[all.size() - 2], &low = all.back();
+    for (const ffi::AnyBuffer* part : {&high, &low})
+      if (!to_type(part->element_type(), &problem->divisor.type) ||
+          problem->divisor.type != arithmetic)
+        return invalid("divisor must be float64 for float64 logits, else float32");
+    if (!std::equal(high.dimensions().begin(), high.dimensions().end(), low.dimensions().begin(),
+                    low.dimensions().end()))
+      return invalid("the parts of divisor differ in shape");
+    problem->divisor.data = high.untyped_data();
+    problem->divisor_low = low.untyped_data();
+  }
+  const auto dimension_of = [&](int i, int64_t d) -> int64_t {
+    if (i == kDivisor && !divides) return 1;
+    const ffi::AnyBuffer& buffer = i == kDivisor ? all[all.size() - 2] : buffers[i];
+    return buffer.dimensions().size() == 0 ? 1 : buffer.dimensions()[d];
+  };
   std::vector<int64_t> full(rank, 1);
   for (const ffi::AnyBuffer& buffer : all)
     for (int64_t d = 0; d < rank && buffer.dimensions().size() > 0; ++d)
@@ -148,14 +176,13 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   // From the last dimension to the first; adjacent ones that every operand steps through alike
   // become one. Dimension 0 here is the row: what is reduced, if anything is.
   int merged = 1, last = 0;
-  int64_t shape[kMaxRank] = {1}, strides[kOperands][kMaxRank] = {};
-  int64_t elements = 1, next_stride[kOperands] = {1, 1, 1, 1};
+  int64_t shape[kMaxRank] = {1}, strides[kBroadcast][kMaxRank] = {};
+  int64_t elements = 1, next_stride[kBroadcast] = {1, 1, 1, 1, 1};
   for (int64_t d = rank - 1; d >= 0; --d) {
     const bool reduced = d >= rank - reduced_rank;
-    int64_t size = full[d], stride[kOperands];
-    for (int i = 0; i < kOperands; ++i) {
-      const bool scalar = buffers[i].dimensions().size() == 0;
-      const int64_t dimension = scalar ? 1 : buffers[i].dimensions()[d];
+    int64_t size = full[d], stride[kBroadcast];
+    for (int i = 0; i < kBroadcast; ++i) {
+      const int64_t dimension = dimension_of(i, d);
       if (dimension != 1 && size != dimension)
         return invalid(names[i] + " cannot be broadcast in dimension " + std::to_string(d));
       stride[i] = dimension == 1 ? 0 : next_stride[i];
@@ -164,7 +191,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     elements *= size;
     if (size == 1) continue;
     bool alike = shape[last] != 1 && (reduced || last > 0 || reduced_rank == 0);
-    for (int i = 0; i < kOperands; ++i)
+    for (int i = 0; i < kBroadcast; ++i)
       alike = alike && stride[i] == strides[i][last] * shape[last];
     if (!alike && (shape[last] != 1 || (!reduced && reduced_rank > 0 && last == 0))) {
       if (reduced) return invalid("an operand is broadcast in some of the reduced dimensions only");
@@ -173,7 +200,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       shape[last] = 1;
     }
     if (shape[last] == 1)
-      for (int i = 0; i < kOperands; ++i) strides[i][last] = stride[i];
+      for (int i = 0; i < kBroadcast; ++i) strides[i][last] = stride[i];
     shape[last] *= size;
   }
   // A row of one element: what follows it is the next row.
@@ -182,20 +209,22 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   problem->rank = merged;
   for (int d = 0; d < merged; ++d) {
     problem->shape[merged - 1 - d] = shape[d];
-    for (int i = 0; i < kOperands; ++i) operands[i]->strides[merged - 1 - d] = strides[i][d];
+    for (int i = 0; i < kBroadcast; ++i) operands[i]->strides[merged - 1 - d] = strides[i][d];
   }
   problem->reduce = loss && reduced_rank > 0;
   problem->inverse_count = 1.0 / count;
-  if (problem->reduce && problem->scale.strides[merged - 1] != 0)
-    return invalid("scale must not vary along the reduced dimensions");
+  for (int i : {2, kDivisor})
+    if (problem->reduce && operands[i]->strides[merged - 1] != 0)
+      return invalid(names[i] + " must not vary along the reduced dimensions");
 
   size_t given = 0;
-  problem->modified = modifiers != 0;
+  const size_t given_modifiers = more.size() - (divides ? 2 : 0);
+  problem->modified = given_modifiers > 0;
   for (int i = 0; i < kModifiers; ++i) {
     const std::string name = modifier_names[i];
     if (!(modifiers >> i & 1)) continue;
     Modifier& modifier = problem->modifiers[i];
-    if (given == more.size()) return invalid(name + " is missing");
+    if (given == given_modifiers) return invalid(name + " is missing");
     const ffi::AnyBuffer& buffer = all[kOperands + given++];
     if (!to_type(buffer.element_type(), &modifier.type) ||
         (i == kWhere && modifier.type != Type::kBool) ||
@@ -204,7 +233,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (!broadcast_to(buffer, rank, full.data(), &modifier))
       return invalid(name + " cannot be broadcast to the results");
   }
-  if (more.size() != given || modifiers >> kModifiers) return invalid("an operand too many");
+  if (given_modifiers != given) return invalid("an operand too many");
 
   const size_t expected[] = {static_cast<size_t>(problem->reduce ? problem->rows() : elements),
                              static_cast<size_t>(elements)};
@@ -229,7 +258,8 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
 
 // The functions of the Python modules _cpu and _cuda.
 inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
-                          XLA_FFI_Handler* loss_and_grad, XLA_FFI_Handler* grad) {
+                          XLA_FFI_Handler* loss_and_grad, XLA_FFI_Handler* grad,
+                          XLA_FFI_Handler* total) {
   module.def("registrations", [=] {
     const auto capsule = [](XLA_FFI_Handler* handler) {
       return pybind11::capsule(reinterpret_cast<void*>(handler));
@@ -238,6 +268,7 @@ inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
     targets["jax_bce_v1_loss"] = capsule(loss);
     targets["jax_bce_v1_loss_and_grad"] = capsule(loss_and_grad);
     targets["jax_bce_v1_grad"] = capsule(grad);
+    targets["jax_bce_v1_total"] = capsule(total);
     return targets;
   });
   module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

@@ -84,7 +84,7 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-template <bool kLoss, bool kGradient>
+template <bool kLoss, bool kGradient, bool kTotal = false>
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
                ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
                ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
@@ -93,6 +93,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
+  problem.total = kTotal;
   if (results.size() != size_t{kLoss} + size_t{kGradient}) return invalid("a result too many");
   for (size_t i = 0; i < results.size(); ++i)
     if (auto result = results.get<ffi::AnyBuffer>(i); result.has_value())
@@ -131,12 +132,13 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
 XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<ffi::ThreadPool>());
 
 }  // namespace
 }  // namespace jax_bce
 
 PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
-  define_module(module, BceLoss, BceLossAndGrad, BceGrad);
+  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
   module.def("instruction_set", [] { return kernel ? kernel->instruction_set : ""; });
 }

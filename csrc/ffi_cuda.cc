@@ -10,7 +10,7 @@
 namespace jax_bce {
 namespace {
 
-template <bool kLoss, bool kGradient>
+template <bool kLoss, bool kGradient, bool kTotal = false>
 ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
                ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
                ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
@@ -19,6 +19,7 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
+  problem.total = kTotal;
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
@@ -43,13 +44,15 @@ XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<Stream>(),
                        {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<Stream>(),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 }  // namespace jax_bce
 
 PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
-  define_module(module, BceLoss, BceLossAndGrad, BceGrad);
+  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
   module.def("workspace", &cuda_workspace);
   module.def("driver_version", &cuda_driver_version);
   module.attr("runtime_version") = cuda_runtime_version();

@@ -1,6 +1,5 @@
 """What a user passes, checked, and as the primitive takes it."""
 
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -10,11 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.lax import stop_gradient
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce._call import MODIFIERS
-from jax_bce._primitive import missing, vary_alike
-from jax_bce._reference import Elements, arithmetic_dtype, elements, scaled_sum
+from jax_bce._primitive import bce, missing, vary_alike
+from jax_bce._reference import (
+    Elements,
+    arithmetic_dtype,
+    divide,
+    elements,
+    in_two_parts,
+    sum_trailing,
+)
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 _LABELS = (*_LOGITS, "bool", "int8", "uint8", "int16", "int32", "int64")
@@ -66,8 +73,11 @@ class Call(NamedTuple):
     def total(self, values: Array) -> Array:
         """The result of a formula other than that of the primitive."""
         shape, scale = self.operands[0].shape, self.operands[2]
-        params = (self.params["reduced_rank"], self.params["count"])
-        return scaled_sum(values, scale, shape, *params).astype(self.result_dtype)
+        modifiers = dict(zip(self.params["modifiers"], self.operands[4:], strict=True))
+        rank, count = self.params["reduced_rank"], self.params["count"]
+        total = sum_trailing(jnp.broadcast_to(values, shape), rank)
+        total = divide(total, scale, count, modifiers.get("divisor"), rank)
+        return total.astype(self.result_dtype)
 
     def of_class(self, name: str, value: ArrayLike) -> Array:
         """A number, or one for each class, as an operand of the arithmetic's type."""
@@ -233,12 +243,12 @@ def _ignored(value: ArrayLike, labels: Array) -> Array:
                 f"ignore_label={value!r} cannot be among labels of dtype {labels.dtype.name}: "
                 f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else mend}."
             )
-    return jax.lax.stop_gradient(given.astype(labels.dtype))
+    return stop_gradient(given.astype(labels.dtype))
 
 
 def _divisor(
     value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...], wide: np.dtype
-) -> Array:
+) -> tuple[Array, Array]:
     """The normalizer, which is one number or one for each that the result has."""
     array = _operand("normalizer", value)
     kept = tuple(size for a, size in enumerate(shape) if a not in axes)
@@ -248,57 +258,53 @@ def _divisor(
             f"{kept}."
         )
     own = tuple(1 if a in axes or not array.ndim else size for a, size in enumerate(shape))
-    return array.astype(wide).reshape(own)
+    return _parts(array.reshape(own), wide)
 
 
-def _partly_summed(values: Array, axis: int | None) -> Array:
-    """Sums along short parts of an axis, which XLA fuses with what gives the values.
+def _mean_weight(
+    labels: Array,
+    factors: dict[str, Array],
+    axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    wide: np.dtype,
+    implementation: str | None,
+) -> tuple[Array, Array]:
+    """The mean over axes of the weight of each element, 0 of those that do not exist.
 
-    It would store them first for a sum over all, and takes ten times as long to count. Whether
-    elements exist is counted in bytes. As many parts are left as devices that the axis may be
-    spread over.
+    In symbolic sizes it is the sum. Nothing of the shape's size is formed unless a factor has it.
     """
-    spread = not jax.typeof(values).sharding.mesh.empty
-    if axis is None or spread or not isinstance(size := values.shape[axis], int):
-        return values
-    counts = values.dtype == bool
-    whole = size // math.gcd(size, 8)
-    part = next((k for k in range(255 if counts else 32, 1, -1) if whole % k == 0), 1)
-    parts = values.reshape(*values.shape[:axis], size // part, part, *values.shape[axis + 1 :])
-    return jnp.sum(parts, axis=axis + 1, dtype=jnp.uint8 if counts else values.dtype)
+    rank = len(shape)
+    symbolic = not all(isinstance(size, int) for size in shape)
+    zero = jnp.zeros((1,) * rank, wide)
+    labels = stop_gradient(labels) if "ignore_label" in factors else zero
+    logits = jnp.broadcast_to(zero, shape) if symbolic else zero
+    operands: tuple[Array, ...] = (logits, labels, jnp.ones_like(zero), zero, *factors.values())
+    own = jnp.broadcast_shapes(*(operand.shape for operand in operands))
+    if all(own[a] == 1 for a in axes) and not {"weight", "sample_weight"} <= factors.keys():
+        weights = elements(logits, labels, zero, factors).weight
+        assert weights is not None
+        return weights, jnp.zeros_like(weights)
+    operands = tuple(_move(operand, axes, _last(axes, rank)) for operand in operands)
+    if not axes:  # a kernel adds up at least one dimension
+        operands = tuple(operand[..., None] for operand in operands)
+    high, low = bce(
+        *vary_alike(*operands),
+        modifiers=tuple(factors),
+        kind="total",
+        reduced_rank=max(1, len(axes)),
+        count=1 if symbolic else max(1, math.prod(own[a] for a in axes)),
+        implementation=implementation,
+        loss_dtype=wide,
+    )
+    return jnp.expand_dims(high, axes), jnp.expand_dims(low, axes)
 
 
-def _total(
-    factors: Sequence[Array], axes: Sequence[int], shape: tuple[int, ...], wide: np.dtype
-) -> Array:
-    """The sum over the axes of the product of factors that are broadcast to the shape.
-
-    Factors without a summed axis in common are summed apart, so that nothing of the shape's size
-    is formed unless a factor has it. bool factors count, in integers, which are exact.
-    """
-    groups: list[tuple[set[int], list[Array]]] = []
-    for factor in factors:
-        varies, members = {a for a in axes if factor.shape[a] != 1}, [factor]
-        for group in [g for g in groups if g[0] & varies]:
-            groups.remove(group)
-            varies, members = varies | group[0], [*group[1], *members]
-        groups.append((varies, members))
-    rest = [shape[a] for a in axes if not any(a in varies for varies, _ in groups)]
-    total = jnp.asarray(math.prod(rest)).astype(wide)
-    for varies, members in groups:
-        masks = [m for m in members if m.dtype == bool]
-        weights = [m for m in members if m.dtype != bool]
-        for mask in masks:  # each weight by itself: a derivative meets the others
-            weights = [jnp.where(mask, weight, 0) for weight in weights]
-        values = functools.reduce(operator.mul, weights or masks)
-        if len(weights) > 1:
-            # XLA takes a product that is summed for a matrix product, and stores its factors.
-            for mask in masks:
-                values = jnp.where(mask, values, 0)
-        values = _partly_summed(values, max(varies, default=None))
-        values = values if weights else values.astype(jnp.uint32)
-        total = total * jnp.sum(values, axis=tuple(varies), keepdims=True).astype(wide)
-    return total
+def _parts(number: Array, wide: np.dtype) -> tuple[Array, Array]:
+    """A denominator in the arithmetic's type, and what its rounding lost."""
+    if number.dtype in (np.float64, np.int32, np.int64):
+        high, low = in_two_parts(number, wide)
+        return high, low
+    return number.astype(wide), jnp.zeros(number.shape, wide)
 
 
 def prepare(
@@ -363,24 +369,20 @@ def prepare(
 
     count: Any = 1
     divisor = None
-    masks = [modifiers["where"]] if "where" in modifiers else []
-    if ignore_label is not None and reduction != "none":
-        masks.append(y != modifiers["ignore_label"])
-    weights = [modifiers[w].astype(wide) for w in ("weight", "sample_weight") if w in modifiers]
     if normalizer is not None:
         divisor = _divisor(normalizer, shape, axes, wide)
-    elif reduction == "weighted_mean" and weights:
-        divisor = _total([*masks, *weights], axes, shape, wide)
     elif reduction in ("mean", "weighted_mean"):
-        if masks:
-            divisor = _total(masks, axes, shape, wide)
-        else:
-            count = math.prod(shape[a] for a in axes)
-            if not isinstance(count, int):  # of symbolic sizes, in jax.export
-                divisor, count = jnp.asarray(count).astype(wide).reshape((1,) * x.ndim), 1
-    scale = jnp.ones((1,) * x.ndim, wide)
+        weights = ("weight", "sample_weight") if reduction == "weighted_mean" else ()
+        counted = {*weights, "where", "ignore_label"}
+        factors = {option: modifiers[option] for option in modifiers if option in counted}
+        count = math.prod(shape[a] for a in axes)
+        if factors:
+            divisor = _mean_weight(y, factors, axes, shape, wide, implementation)
+        elif not isinstance(count, int):  # of symbolic sizes, in jax.export
+            divisor = _parts(jnp.asarray(count).reshape((1,) * x.ndim), wide)
+        count = count if isinstance(count, int) else 1
     if divisor is not None:
-        scale = jnp.where(divisor == 0, 0, 1 / jnp.where(divisor == 0, 1, divisor))
+        modifiers["divisor"], modifiers["divisor_low"] = divisor[0], stop_gradient(divisor[1])
 
     result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
     # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
@@ -392,6 +394,6 @@ def prepare(
         "implementation": implementation,
         "loss_dtype": result_dtype if direct else wide,
     }
-    operands = (x, y, scale, smoothing, *modifiers.values())
+    operands = (x, y, jnp.ones((1,) * x.ndim, wide), smoothing, *modifiers.values())
     operands = vary_alike(*(_move(operand, axes, last) for operand in operands))
     return Call(operands, params, shape, axes, result_dtype)

@@ -9,6 +9,7 @@ their sums, on each device and then across devices. How the operands lie is not 
 XLA that propagates it, later.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,13 +24,16 @@ from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
 
+from jax_bce._reference import in_two_parts
+
 # A sum for each part of a row is not worth it where parts have fewer elements, and rows are more,
 # than that. Where such rows are spread over devices nevertheless, XLA gathers them.
 _NARROW, _MANY_ROWS = 32, 4096
 
 # What an operand behind the first four may be; its place here is its bit in the attribute
-# "modifiers" (csrc/bce_problem.h).
-MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label")
+# "modifiers" (csrc/bce_problem.h, csrc/ffi_common.h).
+_DIVISOR = ("divisor", "divisor_low")
+MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *_DIVISOR)
 
 # How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
 Workspace = Callable[[int, int], int]
@@ -47,6 +51,8 @@ def ffi_call(
     count: int,
 ) -> Any:
     """The results of the primitive by the target's kernel."""
+    if kind == "total":  # which a kernel gives in float64
+        context, in_parts = _wide_result(context)
     # A gradient alone needs no rows, and without them the kernel is faster.
     summed = reduced_rank if kind != "grad" else 0
     avals: Sequence[Any] = context.avals_in
@@ -55,10 +61,30 @@ def ffi_call(
     numbers = {"modifiers": np.int64(bits), "count": np.int64(count)}
     if (devices := _devices(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
-        return _in_blocks(context, operands, target, workspace, shape, split, summed > 0, numbers)
-    kept = len(shape) - summed
-    room = workspace(math.prod(shape[:kept]), math.prod(shape[kept:])) if summed else 0
-    return _emit(context, operands, target, (room,), summed, numbers)
+        results = _in_blocks(
+            context, operands, target, workspace, shape, split, summed > 0, numbers
+        )
+    else:
+        kept = len(shape) - summed
+        room = workspace(math.prod(shape[:kept]), math.prod(shape[kept:])) if summed else 0
+        results = _emit(context, operands, target, (room,), summed, numbers)
+    return in_parts(*results) if kind == "total" else results
+
+
+def _wide_result(
+    context: mlir.LoweringRuleContext,
+) -> tuple[mlir.LoweringRuleContext, Callable[..., Any]]:
+    """The context of a call with one float64 result, and what makes two parts of it."""
+    part: Any = context.avals_out[0]
+    wide = [ShapedArray(part.shape, np.dtype(np.float64))]
+    replace: Any = context.replace
+
+    def two_parts(number: Array) -> list[Array]:
+        with jax.enable_x64(True):
+            return in_two_parts(number, part.dtype)
+
+    after = replace(avals_in=wide)
+    return replace(avals_out=wide), functools.partial(mlir.lower_fun(two_parts), after)
 
 
 def _devices(context: mlir.LoweringRuleContext) -> int:

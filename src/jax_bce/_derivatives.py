@@ -8,7 +8,7 @@ as well, and is there only if it is asked for.
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jax_bce._reference import (
     arithmetic_dtype,
     by_label,
     by_pos_weight,
+    divide,
     element_gradient,
     element_hessian,
     element_loss,
@@ -44,15 +45,23 @@ def _add(terms: Sequence[Any]) -> Any:
 
 
 def _tangents_of_elements(
-    primals: dict[str, Array], tangents: dict[str, Array], element: Elements
+    primals: dict[str, Array],
+    tangents: dict[str, Array],
+    element: Elements,
+    divided: Callable[[Array], Array],
 ) -> tuple[Array, Array]:
-    """The tangents of loss and gradient where logits and scale do not move.
+    """The tangents of loss and gradient where logits and divisor do not move.
 
     The loss is linear in label, positive weight and weight, and the smoothed label, y (1 - s) + s /
-    2, in label and smoothing.
+    2, in label and smoothing. What multiplies a tangent is 0 where an element does not exist, also
+    if a divisor is not a number.
     """
     wide = element.logits.dtype
     loss, gradient = [], []
+
+    def coefficient(values: Array) -> Array:
+        return element.select(divided(values))
+
     smoothed = []
     if "labels" in tangents:
         smoothed.append(tangents["labels"] * (1 - primals["smoothing"]))
@@ -61,20 +70,49 @@ def _tangents_of_elements(
         smoothed.append((0.5 - label) * tangents["smoothing"])
     if smoothed:
         of_loss, of_gradient = by_label(element)
-        loss.append(element.weighted(of_loss) * _add(smoothed))
-        gradient.append(element.weighted(of_gradient) * _add(smoothed))
+        loss.append(coefficient(element.weighted(of_loss)) * _add(smoothed))
+        gradient.append(coefficient(element.weighted(of_gradient)) * _add(smoothed))
     if "pos_weight" in tangents:
         of_loss, of_gradient = by_pos_weight(element)
-        loss.append(element.weighted(of_loss) * tangents["pos_weight"])
-        gradient.append(element.weighted(of_gradient) * tangents["pos_weight"])
+        loss.append(coefficient(element.weighted(of_loss)) * tangents["pos_weight"])
+        gradient.append(coefficient(element.weighted(of_gradient)) * tangents["pos_weight"])
     for name, other in (("weight", "sample_weight"), ("sample_weight", "weight")):
         if name in tangents:
             factor = element.select(primals[other].astype(wide)) if other in primals else None
             for terms, of_element in ((loss, element_loss), (gradient, element_gradient)):
                 value = of_element(element)
                 value = value if factor is None else times(factor, value)
-                terms.append(element.select(value) * tangents[name])
+                terms.append(coefficient(value) * tangents[name])
     return _add(loss), _add(gradient)
+
+
+def _jvp_of_total(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    modifiers: tuple[str, ...],
+    reduced_rank: int,
+    count: int,
+    **others: Any,
+) -> tuple[list[Array], list[Array]]:
+    """The sum is linear in each weight; what its rounding lost has no derivative."""
+    common = {"modifiers": modifiers, "reduced_rank": reduced_rank, "count": count, **others}
+    results = bce(*primals, kind="total", **common)
+    logits, labels, scale, smoothing, *more = primals
+    named = dict(zip(modifiers, more, strict=True))
+    element = elements(logits, labels, smoothing, named)
+    shape = jnp.broadcast_shapes(*(operand.shape for operand in primals))
+    terms = []
+    for name, dot in zip(modifiers, tangents[4:], strict=True):
+        if isinstance(dot, ad.Zero) or name not in ("weight", "sample_weight"):
+            continue
+        rest = [named[n] for n in ("weight", "sample_weight") if n in named and n != name]
+        factor = rest[0].astype(scale.dtype) if rest else jnp.ones_like(scale)
+        # The tangent is selected, too: the cotangent may be infinite or not a number.
+        terms.append(element.select(element.select(factor) * dot.astype(scale.dtype)))
+    total_dot = sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank)
+    total_dot = divide(total_dot, scale, count, None, reduced_rank)
+    return results, [total_dot, jnp.zeros_like(results[1])]
 
 
 def _jvp(
@@ -87,6 +125,10 @@ def _jvp(
     gradient_dtype: np.dtype,
     **common: Any,
 ) -> tuple[list[Array], list[Array]]:
+    if kind == "total":
+        return _jvp_of_total(
+            primals, tangents, modifiers=modifiers, reduced_rank=reduced_rank, **common
+        )
     if kind == "grad":
         raise NotImplementedError(
             "jax_bce.loss(residuals='recompute') can be differentiated once, in reverse mode. "
@@ -103,7 +145,7 @@ def _jvp(
         for name, dot in zip(named, tangents, strict=True)
         if not isinstance(dot, ad.Zero)
     }
-    logits_dot, scale_dot = moving.pop("logits", None), moving.pop("scale", None)
+    logits_dot, divisor_dot = moving.pop("logits", None), moving.pop("divisor", None)
 
     if kind == "loss" and logits_dot is None:
         (loss,) = outputs = bce(*primals, kind="loss", **common)
@@ -112,43 +154,44 @@ def _jvp(
         outputs = bce(*primals, kind="loss_and_grad", gradient_dtype=dtype, **common)
         loss, gradient = outputs
 
-    factor = scale * scale.dtype.type(1 / common["count"])
+    divisor = named.get("divisor")
+    divided = functools.partial(divide, scale=scale, count=common["count"], divisor=divisor)
     shape = jnp.broadcast_shapes(*(operand.shape for operand in primals))
     if moving or kind == "loss_and_grad":
         logits, labels, _, smoothing = primals[:4]
-        # A scale of 0 drops all, also what is not a number.
-        exists = scale != 0
+        # A scale or a divisor of 0 drops all, also what is not a number.
+        exists = scale != 0 if divisor is None else (scale != 0) & (divisor != 0)
         exists = exists & named["where"] if "where" in modifiers else exists
         given = {name: named[name] for name in modifiers}
         element = elements(logits, labels, smoothing, given | {"where": exists})
-    by_others = _tangents_of_elements(named, moving, element) if moving else None
+    by_others = _tangents_of_elements(named, moving, element, divided) if moving else None
     terms = []
     if logits_dot is not None:
         terms.append(gradient.astype(wide) * logits_dot)
     if by_others is not None:
-        terms.append(by_others[0] * factor)
+        terms.append(by_others[0])
     dots = []
     if terms:
         dots.append(sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank))
-    if scale_dot is not None:
-        # The loss is linear in its scale.
-        unscaled = [jnp.ones_like(scale) if name == "scale" else named[name] for name in named]
-        (sums,) = bce(*unscaled, kind="loss", **{**common, "loss_dtype": wide})
-        nothing = (scale == 0).reshape(scale.shape[: sums.ndim])
-        sums = jnp.where(nothing, 0, sums)
-        dots.append(sums * scale_dot.reshape(scale.shape[: sums.ndim]))
+    if divisor is not None:
+        safe = jnp.where(divisor == 0, 1, divisor)
+    if divisor_dot is not None:
+        # Of the divided loss: the sum may be beyond the type.
+        of_row = safe.reshape(safe.shape[: loss.ndim])
+        dots.append(-(loss.astype(wide) / of_row) * divisor_dot.reshape(of_row.shape))
     loss_dot = _add(dots).astype(loss.dtype)
     if kind == "loss":
         return [loss], [loss_dot]
 
     terms = []
     if logits_dot is not None:
-        terms.append(element.weighted(element_hessian(element)) * logits_dot * factor)
+        hessian = element.select(divided(element.weighted(element_hessian(element))))
+        terms.append(hessian * logits_dot)
     if by_others is not None:
-        terms.append(by_others[1] * factor)
-    if scale_dot is not None:
-        factor_dot = scale_dot * scale.dtype.type(1 / common["count"])
-        terms.append(element.weighted(element_gradient(element)) * factor_dot)
+        terms.append(by_others[1])
+    if divisor_dot is not None:
+        of_divisor = divided(element.weighted(element_gradient(element))) / safe
+        terms.append(-element.select(of_divisor) * divisor_dot)
     gradient_dot = jnp.broadcast_to(_add(terms), shape).astype(gradient.dtype)
     return outputs, [loss_dot, gradient_dot]
 
@@ -188,7 +231,8 @@ def _recompute_backward(
     moving = [
         i
         for i, (name, operand) in enumerate(zip(names, operands, strict=True))
-        if name not in ("logits", "ignore_label") and jnp.issubdtype(operand.dtype, jnp.floating)
+        if name not in ("logits", "scale", "ignore_label", "divisor_low")
+        and jnp.issubdtype(operand.dtype, jnp.floating)
     ]
 
     def loss_of(*values: Array) -> Array:

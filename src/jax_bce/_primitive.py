@@ -1,15 +1,18 @@
 """The JAX primitive: its types, batching and lowering, and which kernels there are.
 
-    loss     = scale / count * (element losses, summed over the last reduced_rank dimensions)
-    gradient = scale / count * (element gradients)
+    factor   = scale / count / (divisor + divisor_low)
+    loss     = factor * (element losses, summed over the last reduced_rank dimensions)
+    gradient = factor * (element gradients)
+    total    = factor * (weights of the elements that exist, summed likewise)
 
 The operands logits, labels, scale and smoothing (of the labels), and those of `_call.MODIFIERS`
-that the parameter `modifiers` names, have one rank and are broadcast against each other. scale and
-smoothing have the arithmetic's type, float32 (float64 for float64 logits), ignore_label the
-labels', where is bool. scale has size 1 in the summed dimensions; where it is 0, so are the
-results. A summed loss has the arithmetic's type, too; an element's loss and gradient may be rounded
-to a 16-bit type. A vmapped axis is one more leading dimension. Three kinds differ in their results:
-"loss", "loss_and_grad", "grad".
+that the parameter `modifiers` names, have one rank and are broadcast against each other. scale,
+smoothing and the divisor have the arithmetic's type, float32 (float64 for float64 logits),
+ignore_label the labels', where is bool. scale and divisor have size 1 in the summed dimensions;
+where one is 0, so are the results. A summed loss has the arithmetic's type, too; an element's loss
+and gradient may be rounded to a 16-bit type. A vmapped axis is one more leading dimension. Four
+kinds differ in their results: "loss", "loss_and_grad", "grad", and "total", which is the divisor of
+another call: a number of the arithmetic's type and what its rounding lost.
 
 On CPU and CUDA a kind is one call of the FFI target `jax_bce_v1_<kind>`; where that is not to be
 had, and on every other platform, XLA compiles `_reference.py`.
@@ -237,7 +240,12 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
 
     loss = result(len(shape) - reduced_rank, params["loss_dtype"])
     gradient = result(len(shape), params["gradient_dtype"])
-    return {"loss": [loss], "loss_and_grad": [loss, gradient], "grad": [gradient]}[kind]
+    return {
+        "loss": [loss],
+        "loss_and_grad": [loss, gradient],
+        "grad": [gradient],
+        "total": [loss, loss],
+    }[kind]
 
 
 def spread_like(gradient: Array, logits: Array) -> Array:

@@ -64,7 +64,7 @@ def elements(
     wide = arithmetic_dtype(logits.dtype)
     keep = modifiers.get("where")
     if "ignore_label" in modifiers:
-        differs = labels != modifiers["ignore_label"]
+        differs = ~_same(labels, modifiers["ignore_label"])
         keep = differs if keep is None else keep & differs
 
     def select(values: Array, otherwise: float) -> Array:
@@ -84,6 +84,15 @@ def elements(
         product,
         keep,
     )
+
+
+def _same(labels: Array, ignored: Array) -> Array:
+    """Whether labels are a number that is not NaN; by their bits, as XLA reads subnormals as 0."""
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        return labels == ignored
+    bits = np.dtype(f"u{labels.dtype.itemsize}")
+    a, b = (jax.lax.bitcast_convert_type(number, bits) for number in (labels, ignored))
+    return ((a == b) & (ignored == ignored)) | ((a | b) << 1 == 0)
 
 
 @jax.custom_jvp
@@ -238,15 +247,48 @@ def sum_trailing(values: Array, reduced_rank: int) -> Array:
     return jnp.sum(values, axis=tuple(range(values.ndim - reduced_rank, values.ndim)))
 
 
-def scaled_sum(
-    values: Array, scale: Array, shape: tuple[int, ...], reduced_rank: int, count: int
+def divide(
+    values: Array, scale: Array, count: int, divisor: Array | None, reduced_rank: int = 0
 ) -> Array:
-    """scale / count times the sum over the last dimensions of values of that shape."""
-    factor = scale * scale.dtype.type(1 / count)
-    if reduced_rank:
-        factor = factor.reshape(factor.shape[: factor.ndim - reduced_rank])
-    total = sum_trailing(jnp.broadcast_to(values, shape), reduced_rank)
-    return jnp.where(factor == 0, 0, total * factor)
+    """scale / count / divisor times values, without the last dimensions of both; 0 where one is."""
+
+    def of_result(number: Array) -> Array:
+        return number.reshape(number.shape[: number.ndim - reduced_rank])
+
+    factor = of_result(scale * scale.dtype.type(1 / count))
+    values = values * factor
+    drops = factor == 0
+    if divisor is not None:
+        by = of_result(divisor)
+        drops = drops | (by == 0)
+        values = values / jnp.where(by == 0, 1, by)
+    return jnp.where(drops, 0, values)
+
+
+def sum_of_weights(
+    element: Elements, shape: tuple[int, ...], reduced_rank: int, count: int
+) -> list[Array]:
+    """The sum of the weights of what exists, by count, and what its rounding lost."""
+    weight = jnp.ones((), element.logits.dtype) if element.weight is None else element.weight
+    with jax.enable_x64(True):
+        weight = jnp.broadcast_to(weight, shape).astype(np.float64)
+        return in_two_parts(sum_trailing(weight, reduced_rank) / count, element.logits.dtype)
+
+
+def in_two_parts(number: Array, dtype: np.dtype) -> list[Array]:
+    """A number of a wider dtype, rounded, and what that lost."""
+    high = number.astype(dtype)
+    low = (number - high.astype(number.dtype)).astype(dtype)
+    low = jnp.where(jnp.isfinite(high), low, 0)
+    if number.dtype == np.float64 and dtype == np.float32:
+        # XLA would flush what is subnormal in float32: its bits are how many times 2^-149 it is.
+        multiple = jnp.rint(jnp.abs(number) * 2.0**149)
+        tiny = multiple < 2**23
+        bits = jnp.where(tiny, multiple, 0).astype(np.uint32)
+        bits = jnp.where(number < 0, bits | np.uint32(1 << 31), bits)
+        high = jnp.where(tiny, jax.lax.bitcast_convert_type(bits, dtype), high)
+        low = jnp.where(tiny, 0, low)
+    return [high, low]
 
 
 def reference(
@@ -263,17 +305,20 @@ def reference(
     gradient_dtype: np.dtype,
 ) -> list[Array]:
     """The primitive of `_primitive.py`, which documents the arguments."""
-    results = []
     operands = (logits, labels, scale, smoothing, *more)
     shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
-    element = elements(logits, labels, smoothing, dict(zip(modifiers, more, strict=True)))
+    given = dict(zip(modifiers, more, strict=True))
+    element = elements(logits, labels, smoothing, given)
+    if kind == "total":
+        return sum_of_weights(element, shape, reduced_rank, count)
+    divisor = given.get("divisor")
+    results = []
     if kind != "grad":
-        loss = element.weighted(element_loss(element))
-        loss = scaled_sum(loss, scale, shape, reduced_rank, count)
+        loss = jnp.broadcast_to(element.weighted(element_loss(element)), shape)
+        loss = divide(sum_trailing(loss, reduced_rank), scale, count, divisor, reduced_rank)
         results.append(loss.astype(loss_dtype))
     if kind != "loss":
-        factor = scale * scale.dtype.type(1 / count)
-        gradient = element.weighted(element_gradient(element)) * factor
-        gradient = jnp.where(factor == 0, 0, gradient)
+        gradient = divide(element.weighted(element_gradient(element)), scale, count, divisor)
+        gradient = element.select(gradient)
         results.append(jnp.broadcast_to(gradient, shape).astype(gradient_dtype))
     return results

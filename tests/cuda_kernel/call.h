@@ -126,6 +126,8 @@ struct Case {
   bool other = false;      // results of another 16-bit type
   int modifiers = 0;       // a bit for each there is
   int form = 0;            // what they are: one number, one a row, one a column, one an element
+  int divisors = 0;        // none, one number, one a row, one an element (or a row, if they add up)
+  bool total = false;      // weights in the place of losses
 };
 
 inline std::mt19937 random_bits(1);
@@ -152,10 +154,13 @@ struct Call {
                                       : c.logits;
   const Type loss_type = !c.reduce ? gradient_type : c.wide ? Type::kF64 : arithmetic;
   const int64_t labels_size = c.one_label ? c.rows : size;
+  const bool element_divisors = c.divisors == 3 && !c.reduce;
+  const int64_t divisors_size = c.divisors < 2 ? c.divisors : element_divisors ? size : c.rows;
   const int64_t scales_size = !c.scales ? 1 : element_scales ? size : c.rows;
   const int64_t smoothings_size = !c.smooth ? 1 : element_smoothing ? size : c.rows;
   Array logits{c.logits, size, c.offset}, labels{c.labels, labels_size, c.offset};
   Array scale{arithmetic, scales_size, c.offset}, smoothing{arithmetic, smoothings_size, c.offset};
+  Array divisor{arithmetic, divisors_size, c.offset}, lost{arithmetic, divisors_size, c.offset};
   Array loss{loss_type, c.loss ? losses : 0, c.offset};
   Array gradient{gradient_type, c.gradient ? size : 0, c.offset};
   Array workspace{Type::kF64, cuda_workspace(c.rows, c.columns), 0};
@@ -175,7 +180,14 @@ struct Call {
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
     for (int64_t i = 0; i < smoothings_size; ++i) smoothing.set(i, c.smooth ? i % 5 / 5.0 : 0);
-    for (const Array* operand : {&logits, &labels, &scale, &smoothing}) operand->upload();
+    for (int64_t i = 0; i < divisors_size; ++i) {
+      const double rare[] = {0, 1e-38, -1e-33, 1e37, INFINITY, NAN};
+      const bool is_rare = random_bits() % 8 == 0;
+      divisor.set(i, is_rare ? rare[random_bits() % std::size(rare)] : 1 + i % 9 / 7.0);
+      lost.set(i, is_rare ? 0 : random_bits() % 9 * 1e-9);
+    }
+    for (const Array* operand : {&logits, &labels, &scale, &smoothing, &divisor, &lost})
+      operand->upload();
     for (int name = 0; name < kModifiers; ++name) {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
@@ -204,6 +216,13 @@ struct Call {
     problem.smoothing = {(smoothing.*data)(),
                          arithmetic,
                          {row_stride(c.smooth, element_smoothing), element_smoothing}};
+    if (c.divisors) {
+      problem.divisor = {(divisor.*data)(),
+                         arithmetic,
+                         {row_stride(c.divisors > 1, element_divisors), element_divisors}};
+      problem.divisor_low = (lost.*data)();
+    }
+    problem.total = c.total;
     problem.reduce = c.reduce;
     problem.inverse_count = 1.0 / std::max<int64_t>(1, c.reduce ? c.columns : 1);
     problem.loss = {c.loss ? (loss.*data)() : nullptr, loss_type};

@@ -112,10 +112,11 @@ bool check(const Case& c, cudaStream_t stream) {
         "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
         "reduce %d, loss %d, gradient %d, one_label %d, scales %d, wide %d, smooth %d, modifiers "
         "%d "
-        "of form %d\n",
+        "of form %d, divisors %d, total %d\n",
         static_cast<long long>(count), static_cast<long long>(first), name(c.logits),
         name(c.labels), static_cast<long long>(c.rows), static_cast<long long>(c.columns), c.offset,
-        c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth, c.modifiers, c.form);
+        c.reduce, c.loss, c.gradient, c.one_label, c.scales, c.wide, c.smooth, c.modifiers, c.form,
+        c.divisors, c.total);
   return !count;
 }
 
@@ -266,8 +267,21 @@ int main(int count, char** arguments) {
         run({kLogits[effort > 0 ? cases % 4 : form % 4], kTypes[cases % 10], n > 100 ? 3 : 23, n,
              static_cast<int>(cases % 4), cases % 3 != 0 && cases % 5 != 0, cases % 5 != 0,
              cases % 5 == 0 || cases % 7 != 0, cases % 11 == 0, cases % 13 == 0, cases % 2 == 0,
-             cases % 3 == 1, false, modifiers, form});
+             cases % 3 == 1, false, modifiers, form, static_cast<int>(cases / 2 % 4)});
       }
+  // Without modifiers, which take another loop; and sums of weights.
+  for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
+    for (int64_t n : {1, 7, 90, 130, 1040, 9000})
+      for (int divisors = 1; divisors < 4; ++divisors)
+        for (bool reduce : {false, true})
+          run({logits, Type::kU8, n > 100 ? 3 : 40, n, static_cast<int>(cases % 2), reduce, true,
+               true, false, cases % 3 == 0, false, cases % 5 == 0, false, 0, 0, divisors});
+  for (Type arithmetic : {Type::kF32, Type::kF64})
+    for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers)
+      for (int64_t n : {1 + cases % 70, 1024 + 7 * (cases % 9)})
+        run({arithmetic, kTypes[cases % 10], n > 100 ? 3 : 23, n, static_cast<int>(cases % 4), true,
+             true, false, cases % 11 == 0, false, true, false, false, modifiers,
+             static_cast<int>(cases % 12), 0, true});
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32})
     for (Type labels : {Type::kU8, logits})
       for (int64_t n : {1000, 3001, 20'000})
