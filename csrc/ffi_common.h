@@ -19,6 +19,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <exception>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,6 +63,13 @@ inline bool is_float(Type type) { return type <= Type::kF64; }
 
 inline ffi::Error invalid(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_bce: " + what);
+}
+
+// What ended a handler: no exception leaves one. The message is short enough to need no memory.
+inline ffi::Error failed(const std::exception& error) {
+  if (dynamic_cast<const std::bad_alloc*>(&error))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
+  return ffi::Error::Internal(error.what());
 }
 
 constexpr int kOperands = 4;

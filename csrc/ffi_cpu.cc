@@ -4,17 +4,14 @@
 #include <sys/mman.h>
 #endif
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <mutex>
-#include <thread>
+#include <exception>
 #include <vector>
 
 #include "bce_cpu.h"
 #include "ffi_common.h"
+#include "parallel_for.h"
 
 namespace jax_bce {
 namespace {
@@ -43,34 +40,6 @@ const CpuKernel* choose_kernel() {
 
 const CpuKernel* const kernel = choose_kernel();
 
-// Runs f(0), ..., f(count - 1) on the pool and the calling thread. The caller takes part and never
-// waits for a helper that has not begun: a pool whose threads are all such callers cannot deadlock.
-// A helper that begins late finds no work and touches nothing but the shared state.
-template <class F>
-void parallel_for(ffi::ThreadPool pool, int64_t count, const F& f) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  const auto state = std::make_shared<State>();
-  const F* body = &f;
-  const auto work = [state, count, body] {
-    int64_t mine = 0;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++mine) (*body)(i);
-    if (mine == 0 || (state->done += mine) < count) return;
-    const std::lock_guard<std::mutex> lock(state->mutex);
-    state->all_done.notify_all();
-  };
-  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
-  work();
-  // A helper still at work will be done within a block: sooner than this thread would wake up.
-  for (int i = 0; i < 1000 && state->done < count; ++i) std::this_thread::yield();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == count; });
-}
-
 // A large result usually lies in memory that the allocator has just mapped: filling it takes a
 // fault a page. With huge pages there are 512 times fewer; where they are not to be had, nothing
 // happens.
@@ -87,7 +56,8 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 template <bool kLoss, bool kGradient, bool kTotal = false>
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
                ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
-               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
+               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank,
+               int64_t count) try {
   Problem problem;
   if (ffi::Error error = describe({logits, labels, scale, smoothing}, more, results, kLoss,
                                   kGradient, modifiers, reduced_rank, count, &problem);
@@ -127,6 +97,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
       kernel->finish(problem, row, &sums[row * blocks], blocks);
   }
   return ffi::Error::Success();
+} catch (const std::exception& error) {
+  return failed(error);
 }
 
 XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<ffi::ThreadPool>());

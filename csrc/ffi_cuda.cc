@@ -4,6 +4,8 @@
 //
 // A handler enqueues and returns: it allocates nothing, waits for nothing and asks the device for
 // nothing, so XLA may capture it into a CUDA graph.
+#include <exception>
+
 #include "bce_cuda.h"
 #include "ffi_common.h"
 
@@ -13,7 +15,8 @@ namespace {
 template <bool kLoss, bool kGradient, bool kTotal = false>
 ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
                ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
-               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank, int64_t count) {
+               ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank,
+               int64_t count) try {
   Problem problem;
   if (ffi::Error error = describe({logits, labels, scale, smoothing}, more, results, kLoss,
                                   kGradient, modifiers, reduced_rank, count, &problem);
@@ -34,6 +37,8 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   const char* error = bce_cuda(problem, workspace, stream);
   return error ? ffi::Error::Internal(std::string("jax_bce: CUDA says: ") + error)
                : ffi::Error::Success();
+} catch (const std::exception& error) {
+  return failed(error);
 }
 
 using Stream = ffi::PlatformStream<CUstream_st*>;

@@ -1,0 +1,116 @@
+// parallel_for on a pool like XLA's, where the caller's k-th allocation fails, for every k: alone,
+// and with all that follow. Either nothing has been run and it throws, or everything, once.
+#include "parallel_for.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <new>
+#include <vector>
+
+namespace {
+
+thread_local int64_t allocations_left = INT64_MAX;
+thread_local bool for_good = false;
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  const bool fails = for_good ? allocations_left <= 0 : allocations_left == 0;
+  --allocations_left;
+  void* const memory = fails ? nullptr : std::malloc(size);
+  return memory ? memory : throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+namespace {
+
+constexpr int kThreads = 4, kTasks = 64;
+
+class Pool {
+ public:
+  Pool() {
+    for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { serve(); });
+  }
+
+  ~Pool() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      closed_ = true;
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  int64_t num_threads() const { return kThreads; }
+
+  template <class F>
+  void Schedule(F&& task) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.emplace_back(std::forward<F>(task));
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void serve() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+  bool closed_ = false;
+};
+
+// Whether there was an allocation that could fail.
+bool attempt(int64_t k, bool all_that_follow, int* wrong) {
+  std::vector<std::atomic<int>> runs(kTasks);
+  bool threw = false, failed = false;
+  {
+    Pool pool;
+    for_good = all_that_follow;
+    allocations_left = k;
+    try {
+      jax_bce::parallel_for(pool, kTasks, [&runs](int64_t i) {
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+        ++runs[i];
+      });
+    } catch (const std::bad_alloc&) {
+      threw = true;
+    }
+    failed = allocations_left < 0;
+    allocations_left = INT64_MAX;
+  }
+  for (const std::atomic<int>& times : runs)
+    if (times != !threw) {
+      std::printf("allocation %lld: thrown %d, and a task ran %d times\n",
+                  static_cast<long long>(k), threw, times.load());
+      ++*wrong;
+      break;
+    }
+  return failed;
+}
+
+}  // namespace
+
+int main() {
+  int attempts = 0, wrong = 0;
+  for (const bool all_that_follow : {false, true})
+    for (int64_t k = 0; attempt(k, all_that_follow, &wrong); ++k) ++attempts;
+  std::printf("%d allocations failed, %d wrong\n", attempts, wrong);
+  return wrong > 0;
+}
