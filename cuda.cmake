@@ -30,8 +30,8 @@ let pip fetch the compiler: JAX_BCE_CUDA=PYPI pip install .")
   message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
 endif()
 
-# Code for every generation that this compiler knows, or those that CUDAARCHS names ("80;90"), and
-# PTX of the newest for those to come.
+# Machine code for every generation that this compiler knows, or those that CUDAARCHS names ("80;90").
+# PTX of the oldest, for what lies between them; and of the newest, for what is to come.
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
 set(ARCHITECTURES $ENV{CUDAARCHS})
 if(NOT ARCHITECTURES)
@@ -41,6 +41,8 @@ if(NOT ARCHITECTURES)
     endif()
   endforeach()
 endif()
+list(SORT ARCHITECTURES COMPARE NATURAL)
+list(REMOVE_DUPLICATES ARCHITECTURES)
 foreach(architecture IN LISTS ARCHITECTURES)
   if(NOT KNOWN MATCHES "compute_${architecture}\n")
     message(FATAL_ERROR "CUDAARCHS=$ENV{CUDAARCHS}, but ${NVCC} does not know ${architecture}: name \
@@ -48,8 +50,11 @@ some that `nvcc --list-gpu-arch` lists, as in CUDAARCHS='80;90', or unset it for
   endif()
   list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
 endforeach()
-list(GET ARCHITECTURES -1 NEWEST)
-list(APPEND CODE -gencode arch=compute_${NEWEST},code=compute_${NEWEST})
+list(GET ARCHITECTURES 0 -1 PTX)
+list(REMOVE_DUPLICATES PTX)
+foreach(architecture IN LISTS PTX)
+  list(APPEND CODE -gencode arch=compute_${architecture},code=compute_${architecture})
+endforeach()
 
 # nvcc may be a script elsewhere: its own words say where its libraries are. (Debian's names no TOP.)
 execute_process(COMMAND ${NVCC} --dryrun -x cu -c /dev/null -o /dev/null ERROR_VARIABLE DRYRUN)
@@ -65,7 +70,8 @@ if(NOT CUDART_STATIC)
     "install the toolkit's runtime, nvidia-cuda-runtime, or set JAX_BCE_CUDA=OFF")
 endif()
 list(JOIN ARCHITECTURES ", " ARCHITECTURES)
-message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES} by ${NVCC}")
+list(JOIN PTX ", " PTX)
+message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES}, PTX of ${PTX}, by ${NVCC}")
 
 # -fmad=false: as in the CPU kernels, no product is rounded where the source does not say so.
 set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/bce_cuda.o)
@@ -80,6 +86,7 @@ add_custom_command(
   VERBATIM)
 pybind11_add_module(_cuda csrc/ffi_cuda.cc ${OBJECT})
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})
-target_compile_definitions(_cuda PRIVATE BCE_CUDA_ARCHITECTURES="${ARCHITECTURES}")
+target_compile_definitions(
+  _cuda PRIVATE "BCE_CUDA_MACHINE_CODE=${ARCHITECTURES}" "BCE_CUDA_PTX=${PTX}")
 target_link_libraries(_cuda PRIVATE ${CUDART_STATIC} ${CMAKE_DL_LIBS} pthread rt)
 install(TARGETS _cuda LIBRARY DESTINATION jax_bce)

@@ -895,4 +895,17 @@ int cuda_driver_version() {
 
 int cuda_runtime_version() { return CUDART_VERSION; }
 
+std::vector<int> cuda_compute_capabilities() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) return {};
+  std::vector<int> capabilities;
+  for (int device = 0; device < count; ++device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
+      capabilities.push_back(10 * major + minor);
+  }
+  return capabilities;
+}
+
 }  // namespace jax_bce

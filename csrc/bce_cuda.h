@@ -1,6 +1,8 @@
 // The CUDA loop over plain pointers and a stream.
 #pragma once
 
+#include <vector>
+
 #include "bce_problem.h"
 
 struct CUstream_st;  // *cudaStream_t, without CUDA's headers
@@ -20,5 +22,8 @@ const char* bce_cuda(const Problem& problem, double* workspace, CUstream_st* str
 // driver; and the one that this was built with.
 int cuda_driver_version();
 int cuda_runtime_version();
+
+// Of each GPU that this process may use: 75 is 7.5. Starts the driver, but nothing on a GPU.
+std::vector<int> cuda_compute_capabilities();
 
 }  // namespace jax_bce

@@ -59,7 +59,10 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
   define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
   module.def("workspace", &cuda_workspace);
+  module.attr("block") = kBlock;
   module.def("driver_version", &cuda_driver_version);
+  module.def("compute_capabilities", &cuda_compute_capabilities);
   module.attr("runtime_version") = cuda_runtime_version();
-  module.attr("architectures") = BCE_CUDA_ARCHITECTURES;
+  module.attr("machine_code") = std::vector<int>{BCE_CUDA_MACHINE_CODE};
+  module.attr("ptx") = std::vector<int>{BCE_CUDA_PTX};
 }

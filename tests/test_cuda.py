@@ -73,7 +73,7 @@ def test_architectures(module) -> None:
     """As many generations as the compiler knows, from 7.5 on."""
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
     wanted = ("75", "80", "86", "89", "90", "100", "120")
-    assert module.architectures.split(", ") == [a for a in wanted if f"compute_{a}\n" in known]
+    assert module.machine_code == [int(a) for a in wanted if f"compute_{a}\n" in known]
 
 
 @pytest.mark.any_jax
@@ -152,10 +152,12 @@ def test_the_reader_takes_the_common_way() -> None:
 
 @pytest.mark.any_jax
 def test_code_for_each_architecture(module, code) -> None:
-    """Machine code for those it names; and PTX of the newest, for those to come."""
-    named = [int(architecture) for architecture in module.architectures.split(", ")]
-    assert code.architectures("elf") == named
-    assert code.architectures("ptx") == named[-1:]
+    """What it states; PTX of the oldest, so that no newer GPU is without, and of the newest."""
+    assert code.architectures("elf") == module.machine_code
+    assert code.architectures("ptx") == module.ptx
+    assert module.ptx == sorted({min(module.machine_code), max(module.machine_code)})
+    newer = range(min(module.machine_code), 150)
+    assert all(_primitive._runs_on(gpu, module.machine_code, module.ptx) for gpu in newer)
 
 
 @pytest.mark.any_jax

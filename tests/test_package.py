@@ -104,6 +104,104 @@ def test_driver_guard(driver: int, usable: bool) -> None:
         assert "upgrade the NVIDIA driver" in reason
 
 
+# The default build's, and that of CUDAARCHS=90.
+ALL, ALL_PTX = [75, 80, 86, 89, 90, 100, 120], [75, 120]
+HOPPER = [90], [90]
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize(
+    ("capability", "machine_code", "ptx", "runs"),
+    [
+        (75, ALL, ALL_PTX, True),
+        (87, ALL, [], True),  # as 8.6
+        (103, ALL, [], True),  # as 10.0
+        (110, ALL, [], False),  # a generation of its own
+        (110, ALL, [120], False),
+        (110, ALL, ALL_PTX, True),
+        (130, ALL, ALL_PTX, True),
+        (70, ALL, ALL_PTX, False),
+        (80, [86], [], False),  # older than the code of its generation
+        (89, *HOPPER, False),
+        (90, *HOPPER, True),
+        (100, [90], [], False),
+        (100, *HOPPER, True),
+    ],
+)
+def test_which_gpu_runs_what(
+    capability: int, machine_code: list[int], ptx: list[int], runs: bool
+) -> None:
+    assert _primitive._runs_on(capability, machine_code, ptx) == runs
+
+
+def cuda_module(code: tuple[list[int], list[int]], gpus: list[int], driver: int) -> SimpleNamespace:
+    machine_code, ptx = code
+    return SimpleNamespace(
+        machine_code=machine_code,
+        ptx=ptx,
+        runtime_version=13000,
+        driver_version=lambda: driver,
+        compute_capabilities=lambda: gpus,
+    )
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize(
+    ("gpus", "driver", "words"),
+    [
+        ([], 0, None),  # no driver: the program is for another machine
+        ([], 13000, None),
+        ([90], 13000, None),
+        ([75, 90], 13000, None),  # one of them can
+        ([100], 13000, None),
+        ([75, 75], 13000, ("capability 9.0", "the GPU has 7.5:", "CUDAARCHS='75' pip install .")),
+        ([89, 75], 13000, ("7.5, 8.9", "CUDAARCHS='75;89' pip install .")),
+    ],
+)
+def test_gpu_guard(gpus: list[int], driver: int, words: tuple[str, ...] | None) -> None:
+    reason = _primitive._why_no_gpu_runs_it(cuda_module(HOPPER, gpus, driver))
+    assert (reason is None) == (words is None)
+    for word in words or ():
+        assert word in reason
+    assert reason is None or "upgrade" not in reason
+
+
+@pytest.mark.any_jax
+def test_gpu_guard_where_the_driver_is_older() -> None:
+    """It runs the machine code of a newer CUDA of its generation, but compiles none of its PTX."""
+    module = cuda_module(HOPPER, [90], 13000)
+    module.runtime_version = 13020
+    assert _primitive._why_no_gpu_runs_it(module) is None
+    module.compute_capabilities = lambda: [100]
+    reason = _primitive._why_no_gpu_runs_it(module)
+    assert "CUDAARCHS='100' pip install ." in reason
+    assert "upgrade the NVIDIA driver to one of CUDA 13.2" in reason
+
+
+@pytest.mark.any_jax
+def test_the_kernel_is_missing_where_no_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_primitive, "_why_no_kernel", lambda platform: None)
+    monkeypatch.setattr(_primitive, "_why_no_gpu_runs_it", lambda module: "no code")
+    assert _primitive.missing.__wrapped__("cuda") == "no code"
+    assert _primitive.missing.__wrapped__("cpu") is None
+
+
+def test_import_does_not_start_the_driver() -> None:
+    """A process that is forked later could not use it; and it reads CUDA_VISIBLE_DEVICES."""
+    done = run(
+        "import importlib, types, jax_bce\n"
+        "from jax_bce import _primitive\n"
+        "asked, cuda = [], _primitive._cuda or types.SimpleNamespace()\n"
+        "cuda.compute_capabilities = lambda: asked.append('asked') or []\n"
+        "importlib.reload(_primitive)\n"
+        "print(jax_bce.loss([0.0], [1.0]), asked)\n"
+        "if _primitive.missing('cuda') is None: print(asked)"
+    )
+    first, *rest = done.stdout.splitlines()
+    assert first.endswith(" []"), done.stderr
+    assert rest == ([] if _primitive.missing("cuda") else ["['asked']"])
+
+
 def test_without_the_cuda_module_the_reason_names_the_mend() -> None:
     reason = _primitive._why_no_cuda_kernel(None, (0, 3))
     assert reason is not None

@@ -13,7 +13,8 @@ from jax_bce._primitive import _cuda, ffi_version_of_jaxlib, missing
 def _cuda_state(backend: str) -> str:
     if reason := missing("cuda"):
         return f"not usable: {reason}"
-    built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {_cuda.architectures}"
+    code, ptx = (", ".join(map(str, codes)) for codes in (_cuda.machine_code, _cuda.ptx))
+    built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {code}, PTX of {ptx}"
     if backend == "gpu":
         return f"loaded, {built}; used with implementation='cuda'"
     mend = (

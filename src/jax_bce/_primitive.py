@@ -106,12 +106,53 @@ def _why_no_cuda_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
     return _why_not_registered(module, runtime)
 
 
+def _runs_on(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
+    """Whether a GPU of that compute capability, 75 for 7.5, has code that it can run.
+
+    Machine code runs on the same generation from its own version on, PTX on everything from then.
+    """
+    of_generation = [code for code in machine_code if code // 10 == capability // 10]
+    return any(code <= capability for code in (*of_generation, *ptx))
+
+
+def _why_no_gpu_runs_it(module: Any) -> str | None:
+    """The reason why none of this machine's GPUs can run the CUDA kernel, or None."""
+    capabilities = sorted(set(module.compute_capabilities()))
+    # A driver compiles the PTX of its own CUDA and of older ones.
+    compiles = module.driver_version() >= module.runtime_version
+    ptx = module.ptx if compiles else []
+    if not capabilities or any(_runs_on(c, module.machine_code, ptx) for c in capabilities):
+        return None
+
+    def names(numbers: Sequence[int]) -> str:
+        return ", ".join(f"{number // 10}.{number % 10}" for number in numbers)
+
+    wanted = ";".join(map(str, capabilities))
+    reason = (
+        f"it holds code for compute capability {names(module.machine_code)}, but the GPU has "
+        f"{names(capabilities)}: in the source folder, run `CUDAARCHS='{wanted}' pip install .`"
+    )
+    if not compiles and any(_runs_on(c, [], module.ptx) for c in capabilities):
+        needed = f"{module.runtime_version // 1000}.{module.runtime_version % 1000 // 10}"
+        reason += f", or upgrade the NVIDIA driver to one of CUDA {needed}, which compiles its PTX"
+    return reason
+
+
 @functools.cache
-def missing(platform: str) -> str | None:
-    """Why the kernel for "cpu" or "cuda" is not there, with the remedy; None if it is."""
+def _why_no_kernel(platform: str) -> str | None:
+    """The reason why the kernel for "cpu" or "cuda" cannot be registered, or None if it can."""
     if platform == "cuda":
         return _why_no_cuda_kernel(_cuda, ffi_version_of_jaxlib())
     return _why_no_cpu_kernel(_cpu, ffi_version_of_jaxlib())
+
+
+@functools.cache
+def missing(platform: str) -> str | None:
+    """Why the kernel for "cpu" or "cuda" is not there, with the remedy; None if it is."""
+    reason = _why_no_kernel(platform)
+    # To ask for the GPUs starts the driver, and then no forked process can use it: so it is not
+    # done on import.
+    return _why_no_gpu_runs_it(_cuda) if platform == "cuda" and reason is None else reason
 
 
 def _register() -> None:
@@ -125,7 +166,7 @@ def _register() -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        elif missing(platform.lower()) is None:
+        elif _why_no_kernel(platform.lower()) is None:
             for target, handler in module.registrations().items():
                 jax.ffi.register_ffi_target(target, handler, platform=platform)
     for target in _cpu.registrations():
