@@ -9,7 +9,7 @@
 //     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
 // More operands may follow: those of bce_problem.h's ModifierName that "modifiers" has bits for,
 // and, with the next two bits, a divisor and what its rounding lost.
-// On "CUDA", a fourth result may follow where a row has several blocks: room for their sums.
+// On "CUDA", a last result may follow: room for the sums of blocks, where a row has several.
 // The operands have one rank and are broadcast against each other (dimensions of size 1), and a
 // scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
 // dimensions are summed into the loss, which has the arithmetic's type, or float64 where the caller
@@ -17,11 +17,13 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <exception>
 #include <new>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -47,14 +49,15 @@ auto Signature() {
       .template Attr<int64_t>("count");
 }
 
+constexpr std::tuple<const char*, ffi::DataType, Type> kTypes[] = {
+    {"float16", ffi::DataType::F16, Type::kF16}, {"bfloat16", ffi::DataType::BF16, Type::kBF16},
+    {"float32", ffi::DataType::F32, Type::kF32}, {"float64", ffi::DataType::F64, Type::kF64},
+    {"bool", ffi::DataType::PRED, Type::kBool},  {"int8", ffi::DataType::S8, Type::kI8},
+    {"uint8", ffi::DataType::U8, Type::kU8},     {"int16", ffi::DataType::S16, Type::kI16},
+    {"int32", ffi::DataType::S32, Type::kI32},   {"int64", ffi::DataType::S64, Type::kI64}};
+
 inline bool to_type(ffi::DataType from, Type* to) {
-  constexpr std::pair<ffi::DataType, Type> kTypes[] = {
-      {ffi::DataType::F16, Type::kF16},   {ffi::DataType::BF16, Type::kBF16},
-      {ffi::DataType::F32, Type::kF32},   {ffi::DataType::F64, Type::kF64},
-      {ffi::DataType::PRED, Type::kBool}, {ffi::DataType::S8, Type::kI8},
-      {ffi::DataType::U8, Type::kU8},     {ffi::DataType::S16, Type::kI16},
-      {ffi::DataType::S32, Type::kI32},   {ffi::DataType::S64, Type::kI64}};
-  for (const auto& [type, ours] : kTypes)
+  for (const auto& [name, type, ours] : kTypes)
     if (type == from) return *to = ours, true;
   return false;
 }
@@ -240,7 +243,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
         (i == kIgnoreLabel && modifier.type != problem->labels.type))
       return invalid(name + " has an unsupported dtype");
     if (!broadcast_to(buffer, rank, full.data(), &modifier))
-      return invalid(name + " cannot be broadcast to the results");
+      return invalid(name + " cannot be broadcast to the results, or in too many ways");
   }
   if (given_modifiers != given) return invalid("an operand too many");
 
@@ -263,6 +266,44 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     result->data = (*buffer)->untyped_data();
   }
   return ffi::Error::Success();
+}
+
+// An array as JAX knows it when it lowers a call: its dtype by name, and its shape.
+using Array = std::pair<std::string, std::vector<int64_t>>;
+
+// What the handler of any platform would have against a call, or nothing.
+inline std::string refusal(std::vector<Array> operands, std::vector<Array> results, bool loss,
+                           bool gradient, int64_t modifiers, int64_t reduced_rank, int64_t count) {
+  const auto buffers = [](std::vector<Array>& arrays) {
+    std::vector<XLA_FFI_Buffer> buffers;
+    for (auto& [dtype, shape] : arrays) {
+      ffi::DataType type = ffi::DataType::INVALID;
+      for (const auto& [name, from, to] : kTypes)
+        if (dtype == name) type = from;
+      buffers.push_back({sizeof(XLA_FFI_Buffer), nullptr, static_cast<XLA_FFI_DataType>(type),
+                         nullptr, static_cast<int64_t>(shape.size()), shape.data()});
+    }
+    return buffers;
+  };
+  const auto addresses = [](std::vector<XLA_FFI_Buffer>& buffers) {
+    std::vector<void*> addresses;
+    for (XLA_FFI_Buffer& buffer : buffers) addresses.push_back(&buffer);
+    return addresses;
+  };
+  if (operands.size() < kOperands) return "an operand is missing";
+  auto in = buffers(operands), out = buffers(results);
+  auto in_addresses = addresses(in), out_addresses = addresses(out);
+  std::vector<XLA_FFI_ArgType> in_types(in.size(), XLA_FFI_ArgType_BUFFER);
+  std::vector<XLA_FFI_RetType> out_types(out.size(), XLA_FFI_RetType_BUFFER);
+  const XLA_FFI_Args args{sizeof args, nullptr, static_cast<int64_t>(in.size()), in_types.data(),
+                          in_addresses.data()};
+  const XLA_FFI_Rets rets{sizeof rets, nullptr, static_cast<int64_t>(out.size()), out_types.data(),
+                          out_addresses.data()};
+  Problem problem;
+  const auto operand = [&](int i) { return ffi::AnyBuffer(&in[i]); };
+  return describe({operand(0), operand(1), operand(2), operand(3)}, {&args, kOperands}, {&rets, 0},
+                  loss, gradient, modifiers, reduced_rank, count, &problem)
+      .message();
 }
 
 // The functions of the Python modules _cpu and _cuda.

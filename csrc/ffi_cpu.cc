@@ -112,5 +112,6 @@ XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<ffi::Thread
 PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
   define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
+  module.def("refusal", &refusal);
   module.def("instruction_set", [] { return kernel ? kernel->instruction_set : ""; });
 }

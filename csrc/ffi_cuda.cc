@@ -24,16 +24,20 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
     return error;
   problem.total = kTotal;
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
+  // Where sizes were not known when the program was made, there may be more room than is needed.
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
-  if (needed > 0) {
-    auto room = results.get<ffi::AnyBuffer>(kResults);
-    if (!room.has_value() || (*room)->element_type() != ffi::DataType::F64 ||
-        static_cast<int64_t>((*room)->element_count()) != needed)
-      return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
-    workspace = static_cast<double*>((*room)->untyped_data());
+  int64_t room = 0;
+  if (results.size() > kResults) {
+    auto sums = results.get<ffi::AnyBuffer>(kResults);
+    if (results.size() > kResults + 1 || !sums.has_value() ||
+        (*sums)->element_type() != ffi::DataType::F64)
+      return invalid("a result too many");
+    workspace = static_cast<double*>((*sums)->untyped_data());
+    room = (*sums)->element_count();
   }
-  if (results.size() != kResults + (needed > 0)) return invalid("a result too many");
+  if (room < needed)
+    return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
   const char* error = bce_cuda(problem, workspace, stream);
   return error ? ffi::Error::Internal(std::string("jax_bce: CUDA says: ") + error)
                : ffi::Error::Success();

@@ -23,7 +23,7 @@ import jaxlib
 import numpy as np
 import optax
 from hlo import COLLECTIVE, bytes_moved, collectives, passes_outside_loops
-from jax import value_and_grad, vmap
+from jax import export, value_and_grad, vmap
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -65,6 +65,15 @@ def product(x, y):
     return jax.jvp(lambda x: jax.grad(loss)(x, y), (x,), (x,))[1]
 
 
+def of_any_sizes(x, y):
+    """The mean and its gradient, exported with sizes that are known only here."""
+    sizes = export.symbolic_shape("rows, columns")
+    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v1_loss_and_grad")]
+    function = jax.jit(value_and_grad(loss))
+    exported = export.export(function, platforms=("cuda",), disabled_checks=known)
+    return exported(*(jax.ShapeDtypeStruct(sizes, a.dtype) for a in (x, y))).call(x, y)
+
+
 @dataclass(frozen=True)
 class Program:
     function: Callable
@@ -77,6 +86,7 @@ PROGRAMS = {
     "value_and_grad": Program(value_and_grad(loss)),
     "value_and_grad, smoothed labels": Program(value_and_grad(partial(loss, label_smoothing=0.1))),
     "value_and_grad, recompute": Program(value_and_grad(partial(loss, residuals="recompute"))),
+    "value_and_grad, exported for any sizes": Program(of_any_sizes),
     "vmap of value_and_grad": Program(vmap(value_and_grad(loss))),
     "loss alone": Program(loss),
     "value_and_grad, 8 GPUs": Program(value_and_grad(loss), "1x1x8"),

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jax_bce
 from jax_bce import _primitive
@@ -231,6 +232,29 @@ def test_recompute_is_two_calls(module) -> None:
     function = jax.value_and_grad(partial(loss, residuals="recompute"))
     text = lowered(function, (20_000,), (20_000,), dtype=jnp.float16)
     assert sorted(CALL.findall(text)) == ["jax_bce_v1_grad", "jax_bce_v1_loss"]
+
+
+@pytest.mark.parametrize("keywords", [{}, {"axis": 1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("sizes", ["rows, 19", "rows, 9000", "rows, columns"])
+def test_export_for_any_sizes(module, sizes: str, keywords: dict) -> None:
+    """With room for sums wherever a row may have several blocks."""
+    shape = export.symbolic_shape(sizes)
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.uint8)]
+    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v1_loss")]
+    function = jax.jit(partial(loss, **keywords))
+    exported = export.export(function, platforms=("cuda",), disabled_checks=known)(*operands)
+    (call,) = [line for line in exported.mlir_module().splitlines() if CALL.search(line)]
+    room = keywords == {} or (keywords == {"axis": 1} and sizes != "rows, 19")
+    assert ("tensor<?xf64>" in call) == room
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize("columns", [1, 8192, 8193, 16384, 100_000])
+def test_room_is_enough(module, columns: int) -> None:
+    """Also where the sizes are no integers of Python's, as a symbolic one."""
+    needed = module.workspace(3, columns)
+    assert _primitive._workspace(3, columns) == needed
+    assert _primitive._workspace(np.int64(3), np.int64(columns)) == (needed or 3)
 
 
 def test_unasked_it_is_xla(module) -> None:

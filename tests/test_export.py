@@ -51,16 +51,16 @@ SYMBOLIC = FUNCTIONS | {
 }
 
 
-def inputs(rows: int = SHAPE[0]) -> tuple[np.ndarray, np.ndarray]:
-    shape = (rows, SHAPE[1])
+def inputs(rows: int = SHAPE[0], columns: int = SHAPE[1]) -> tuple[np.ndarray, np.ndarray]:
+    shape = (rows, columns)
     return (
         oracle.random_logits(FLOAT32, shape, seed=1),
         oracle.random_labels(np.uint8, shape, seed=2),
     )
 
 
-def symbolic() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    shape = export.symbolic_shape(f"batch, {SHAPE[1]}")
+def symbolic(sizes: str = f"batch, {SHAPE[1]}") -> tuple[jax.ShapeDtypeStruct, ...]:
+    shape = export.symbolic_shape(sizes)
     return jax.ShapeDtypeStruct(shape, FLOAT32), jax.ShapeDtypeStruct(shape, np.uint8)
 
 
@@ -160,14 +160,72 @@ def test_a_kernel_is_not_exported_elsewhere(cpu: str) -> None:
         export.export(function, platforms=(cpu, "tpu"), disabled_checks=known)(*inputs())
 
 
+KERNELS = {f"jax_bce_v1_{kind}" for kind in ("loss", "loss_and_grad", "grad")}
+OPEN = {f"batch, {SHAPE[1]}": [(1, 19), (300, 19)], "rows, columns": [(1, 1), (7, 1), (3, 9000)]}
+
+
+def export_kernel(name: str, sizes: str, platform: str) -> export.Exported:
+    """By name, for sizes that are left open."""
+    function = jax.jit(partial(SYMBOLIC[name], implementation=platform))
+    known = [export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS]
+    exported = export.export(function, platforms=(platform,), disabled_checks=known)
+    return exported(*symbolic(sizes))
+
+
+@pytest.mark.parametrize("sizes", OPEN)
 @pytest.mark.parametrize("name", SYMBOLIC)
-def test_a_kernel_is_not_exported_for_any_batch(cpu: str, name: str) -> None:
-    """Its operands have sizes that are known: that is said, and what to use instead."""
-    function = jax.jit(partial(SYMBOLIC[name], implementation=cpu))
-    kinds = ("loss", "loss_and_grad", "grad")
-    known = [export.DisabledSafetyCheck.custom_call(f"jax_bce_v1_{kind}") for kind in kinds]
-    with pytest.raises(RuntimeError, match="implementation=None"):
-        export.export(function, platforms=(cpu,), disabled_checks=known)(*symbolic())
+def test_exported_kernel_for_any_sizes(cpu: str, name: str, sizes: str) -> None:
+    """The mean alone differs from a program for these sizes: 1/N is an operand."""
+    exported = export_kernel(name, sizes, cpu)
+    assert custom_calls(exported.mlir_module()) <= KERNELS
+    assert custom_calls(exported.mlir_module()) or name == "hessian-vector product"
+    tolerance = oracle.DIVISOR * float(np.finfo(FLOAT32).eps) + oracle.TOLERANCE[cpu].sum
+    close = partial(np.testing.assert_allclose, rtol=tolerance, atol=0, strict=True)
+    for shape in OPEN[sizes]:
+        operands = inputs(*shape)
+        expected = jax.jit(partial(SYMBOLIC[name], implementation=cpu))(*operands)
+        jax.tree.map(close, exported.call(*operands), expected)
+
+
+def test_a_kernel_is_not_exported_for_any_sizes_on_several_devices(cpu: str) -> None:
+    """What is said names the way out."""
+    rows = NamedSharding(Mesh(np.array(jax.devices(cpu)), "rows"), PartitionSpec("rows"))
+    function = jax.jit(partial(FUNCTIONS["value_and_grad"], implementation=cpu), in_shardings=rows)
+    with pytest.raises(RuntimeError, match=r"symbolic sizes .*implementation=None"):
+        export.export(function, platforms=(cpu,))(*symbolic(f"8*batch, {SHAPE[1]}"))
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+import jax_bce
+
+folder = Path(sys.argv[1])
+inputs = list(folder.glob("*.npz"))
+for file in folder.glob("*.exported"):
+    exported = jax.export.deserialize(file.read_bytes())
+    for operands in inputs:
+        results = exported.call(*np.load(operands).values())
+        np.savez(folder / f"{file.stem} of {operands.stem}", *jax.tree.leaves(results))
+"""
+
+
+def test_exported_kernels_in_another_process(platform: str, tmp_path: Path) -> None:
+    shapes = [(1, 1), (5, 4000), (3, 9000)]
+    exported = [export_kernel(name, "rows, columns", platform) for name in SYMBOLIC]
+    for i, kernel in enumerate(exported):
+        (tmp_path / f"{i}.exported").write_bytes(kernel.serialize())
+    for shape in shapes:
+        np.savez(tmp_path / f"{shape}.npz", *inputs(*shape))
+    code = [sys.executable, "-P", "-W", "error", "-c", ELSEWHERE, str(tmp_path)]
+    environment = platforms.environment(platform)
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for i, kernel in enumerate(exported):
+        for shape in shapes:
+            found = list(np.load(tmp_path / f"{i} of {shape}.npz").values())
+            oracle.assert_same_bits(found, jax.tree.leaves(kernel.call(*inputs(*shape))))
 
 
 @pytest.mark.parametrize("name", ["value_and_grad", "recompute"])

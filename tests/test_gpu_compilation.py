@@ -68,6 +68,14 @@ def test_vmap(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None
 
 
 @both_types
+def test_export_for_any_sizes(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
+    """The kernel finds its room for the sums, as large as that of a program of these sizes."""
+    program = compiled("value_and_grad, exported for any sizes", *types)
+    assert program.kernels.count(BOTH) == 1
+    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(1, SIZE))
+
+
+@both_types
 def test_loss_alone(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
     program = compiled("loss alone", *types)
     assert program.kernels == [FORWARD]

@@ -36,7 +36,50 @@ _DIVISOR = ("divisor", "divisor_low")
 MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *_DIVISOR)
 
 # How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
-Workspace = Callable[[int, int], int]
+Workspace = Callable[[Any, Any], Any]
+
+
+def why_no_call(
+    context: mlir.LoweringRuleContext,
+    refusal: Callable[..., str],
+    *,
+    modifiers: tuple[str, ...],
+    kind: str,
+    reduced_rank: int,
+    count: int,
+) -> str | None:
+    """Where or for what the primitive cannot be a call, None if it can: handlers tell `refusal`."""
+    if _devices(context) > 1:
+        # What is seen in blocks has two ways of broadcasting at most.
+        return "symbolic sizes on several devices" if _is_symbolic(context) else None
+
+    def arrays(avals: Sequence[Any]) -> list[tuple[str, list[int]]]:
+        """All that matters of a symbolic size is that it may not be 1."""
+        sizes = [[size if isinstance(size, int) else 2 for size in aval.shape] for aval in avals]
+        return [(aval.dtype.name, size) for aval, size in zip(avals, sizes, strict=True)]
+
+    if kind == "total":
+        context, _ = _wide_result(context)
+    inputs, outputs = arrays(context.avals_in), arrays(context.avals_out)
+    summed = _summed(kind, reduced_rank)
+    results = (kind != "grad", kind in ("loss_and_grad", "grad"))
+    reason = refusal(inputs, outputs, *results, _bits(modifiers), summed, count)
+    return f"these shapes ({reason.removeprefix('jax_bce: ')})" if reason else None
+
+
+def _is_symbolic(context: mlir.LoweringRuleContext) -> bool:
+    """Whether sizes are left open, in jax.export."""
+    avals: Sequence[Any] = context.avals_in
+    return not all(isinstance(size, int) for aval in avals for size in aval.shape)
+
+
+def _summed(kind: str, reduced_rank: int) -> int:
+    """A gradient alone needs no rows, and without them the kernel is faster."""
+    return reduced_rank if kind != "grad" else 0
+
+
+def _bits(modifiers: Sequence[str]) -> int:
+    return sum(1 << MODIFIERS.index(name) for name in modifiers)
 
 
 def ffi_call(
@@ -53,12 +96,10 @@ def ffi_call(
     """The results of the primitive by the target's kernel."""
     if kind == "total":  # which a kernel gives in float64
         context, in_parts = _wide_result(context)
-    # A gradient alone needs no rows, and without them the kernel is faster.
-    summed = reduced_rank if kind != "grad" else 0
+    summed = _summed(kind, reduced_rank)
     avals: Sequence[Any] = context.avals_in
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
-    bits = sum(1 << MODIFIERS.index(name) for name in modifiers)
-    numbers = {"modifiers": np.int64(bits), "count": np.int64(count)}
+    numbers = {"modifiers": np.int64(_bits(modifiers)), "count": np.int64(count)}
     if (devices := _devices(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
         results = _in_blocks(

@@ -34,7 +34,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_bce._call import ffi_call
+from jax_bce._call import ffi_call, why_no_call
 from jax_bce._reference import reference
 
 try:
@@ -340,6 +340,16 @@ def _batch(
 batching.primitive_batchers[bce_p] = _batch
 
 
+def _workspace(rows: Any, columns: Any) -> Any:
+    """How many float64 numbers the CUDA kernel needs for its sums, or may need: of symbolic sizes.
+
+    In proportion to the rows.
+    """
+    if isinstance(columns, int):
+        return rows * _cuda.workspace(1, columns)
+    return rows * ((columns + _cuda.block - 1) // _cuda.block)
+
+
 def _lowering(platform: str | None) -> Callable[..., Any]:
     """The rule for one platform, or for all that have no rule of their own (None)."""
 
@@ -349,32 +359,29 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         implementation: str | None,
         **params: Any,
     ) -> Any:
-        named = implementation not in (None, "xla")
-        avals: Sequence[Any] = context.avals_in
-        symbolic = not all(isinstance(size, int) for aval in avals for size in aval.shape)
-        if named and (implementation != platform or symbolic):
-            where = "symbolic sizes" if symbolic else platform or "another platform"
+        call = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
+        where: str | None = platform or "another platform"
+        if platform is not None and implementation in (None, platform):
+            where = why_no_call(context, _cpu.refusal, **call)
+        if where and implementation not in (None, "xla"):
             raise RuntimeError(
                 f"jax_bce.loss(implementation={implementation!r}) is compiled for {where}, where "
                 "that kernel cannot run: use implementation=None."
             )
         use_xla = (
-            implementation == "xla"
-            or platform is None
-            or missing(platform) is not None
-            or symbolic
+            platform is None
+            or where is not None
             # An exported program runs where this package is not.
             or (implementation is None and context.module_context.lowering_parameters.for_export)
             # None is the fastest that was measured, and the CUDA kernel has not been yet.
             or (implementation is None and platform == "cuda")
+            or missing(platform) is not None
         )
         if use_xla:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
-        params = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
-        target = f"jax_bce_v1_{params['kind']}"
-        workspace = _cuda.workspace if platform == "cuda" else lambda rows, columns: 0
-        return ffi_call(context, operands, target, workspace, **params)
+        workspace = _workspace if platform == "cuda" else lambda rows, columns: 0
+        return ffi_call(context, operands, f"jax_bce_v1_{params['kind']}", workspace, **call)
 
     return rule
 
