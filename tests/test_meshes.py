@@ -363,11 +363,37 @@ def test_smoothing_and_its_derivative(mesh: Mesh) -> None:
     oracle.assert_same_bits(by_logits, expected[1][0])
 
 
-def test_no_elements(mesh: Mesh) -> None:
-    spread = put(mesh, inputs((0, 64)), P(None, "model"))
-    value, gradient = jax.jit(jax.value_and_grad(jax_bce.loss))(*spread)
-    assert value == 0
-    assert gradient.shape == (0, 64)
+EMPTY = [((0,), P()), ((16, 0), P("data")), ((0, 64), P(None, "model"))]
+OPTIONS = REDUCTIONS | {
+    "rows": {"axis": -1},
+    "kept": {"axis": ()},
+    "by name": {"implementation": "cpu"},
+    "denominator": {"normalizer": 0.0},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignored": {"ignore_label": 1},
+    "weighted": {"weight": 2.0, "reduction": "weighted_mean"},
+}
+
+
+@pytest.mark.parametrize(("shape", "spec"), EMPTY, ids=str)
+def test_no_elements(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> None:
+    """0, or nothing, as on one device: with every option, modifier and derivative."""
+
+    def results(x: jax.Array, y: jax.Array, weight: jax.Array, where: jax.Array) -> dict:
+        found: dict[str, Any] = {name: derivatives(**OPTIONS[name])(x, y) for name in OPTIONS}
+        modified = {"where": where, "reduction": "weighted_mean"}
+        found["modified"] = derivatives(weight=weight, axis=-1, **modified)(x, y)
+        total = partial(jax_bce.loss, x, y, **modified)
+        found["by weight"] = jax.grad(lambda weight: total(weight=weight))(weight)
+        found["both"] = jax_bce.loss_and_grad(x, y)
+        found["mapped"] = jax.vmap(jax.value_and_grad(jax_bce.loss))(x[None], y[None])
+        return found
+
+    zeros = np.zeros(shape, FLOAT32)
+    operands = (zeros, zeros, zeros, np.ones(shape[:1], bool))
+    spread = put(mesh, operands, spec, spec, spec, P(*spec[:1]))
+    found = jax.jit(results)(*spread)
+    jax.tree.map(assert_same, found, jax.tree.map(np.zeros_like, jax.jit(results)(*operands)))
 
 
 MAPPED = {

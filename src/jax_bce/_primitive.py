@@ -359,6 +359,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         implementation: str | None,
         **params: Any,
     ) -> Any:
+        avals: Sequence[Any] = context.avals_in
         call = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
         where: str | None = platform or "another platform"
         if platform is not None and implementation in (None, platform):
@@ -371,6 +372,8 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         use_xla = (
             platform is None
             or where is not None
+            # There is nothing to evaluate, and nothing to spread over devices.
+            or any(size == 0 for aval in avals for size in aval.shape)
             # An exported program runs where this package is not.
             or (implementation is None and context.module_context.lowering_parameters.for_export)
             # None is the fastest that was measured, and the CUDA kernel has not been yet.
