@@ -284,8 +284,9 @@ def test_shard_map_of_a_weight_alone(cpu: str, checked: bool) -> None:
     assert_close(actual, jax.value_and_grad(expected, (0, 1))(operands["logits"], weights))
 
 
+@pytest.mark.parametrize("implementation", [None, "cpu"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "none"])
-def test_export_of_any_batch(cpu: str, reduction: str) -> None:
+def test_export_of_any_batch(cpu: str, reduction: str, implementation: str | None) -> None:
     """One program, which counts the elements of the batch at hand."""
     function = partial(value_and_grad, reduction=reduction)
     (batch,) = export.symbolic_shape("batch")
@@ -295,8 +296,12 @@ def test_export_of_any_batch(cpu: str, reduction: str) -> None:
         )
         for name, value in inputs(*EVERY[:-1]).items()
     }
-    exported = export.export(jax.jit(function), platforms=("cpu", "tpu"))(shapes)
-    assert "jax_bce_v1" not in exported.mlir_module()
+    exported = export.export(
+        jax.jit(partial(function, implementation=implementation)),
+        platforms=("cpu", "tpu") if implementation is None else (cpu,),
+        disabled_checks=[export.DisabledSafetyCheck.custom_call("jax_bce_v1_loss_and_grad")],
+    )(shapes)
+    assert ("jax_bce_v1" in exported.mlir_module()) == (implementation == cpu)
     for rows in 1, 9:
         operands = {
             name: value[:rows] if ROWS in value.shape else value
