@@ -7,6 +7,7 @@ as well, and is there only if it is asked for.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,12 @@ from jax_bce._reference import (
     sum_trailing,
     times,
 )
+
+jet: Any
+try:
+    from jax.experimental import jet
+except ImportError:  # an experiment may end, and this package works without it
+    jet = None
 
 _OPERANDS = ("logits", "labels", "scale", "smoothing")
 
@@ -198,7 +205,47 @@ def _jvp(
 
 ad.primitive_jvps[bce_p] = _jvp
 
+
 Params = tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.jit, static_argnames="params")
+def _taylor_terms(
+    primals: Sequence[Array], series: Sequence[Sequence[Array]], params: Params
+) -> list[list[Array]]:
+    def at(t: Array) -> list[Array]:
+        """The primitive where the operands' series have got to."""
+        moved = [
+            functools.reduce(lambda sum_, term: term + t * sum_, [*terms[::-1], primal])
+            if jnp.issubdtype(primal.dtype, jnp.floating)
+            else primal
+            for primal, terms in zip(primals, series, strict=True)
+        ]
+        return bce(*moved, **dict(params))
+
+    def slope(function: Callable[[Any], list[Array]], t: Any) -> Any:
+        return jax.jvp(function, (t,), (1.0,))[1]
+
+    derivative, terms = at, []
+    for order in range(1, len(series[0]) + 1):
+        derivative = functools.partial(slope, derivative)
+        terms.append([value / math.factorial(order) for value in derivative(0.0)])
+    return [list(of_result) for of_result in zip(*terms, strict=True)]
+
+
+def _taylor(
+    primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any
+) -> tuple[list[Array], list[list[Array]]]:
+    """For `jax.experimental.jet`: nested uses of the rule above, of which jet knows nothing.
+
+    It does not get through the plain formula, parts of which have a jax.custom_jvp.
+    """
+    primals = [primal if isinstance(primal, Array) else jnp.asarray(primal) for primal in primals]
+    return bce(*primals, **params), _taylor_terms(primals, series, tuple(params.items()))
+
+
+if jet is not None:
+    jet.jet_rules[bce_p] = _taylor
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
