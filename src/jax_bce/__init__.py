@@ -4,12 +4,14 @@ import importlib as _importlib
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
+from jax_bce._check import checking
 from jax_bce._logits_of import logits_of
 from jax_bce._loss import loss, loss_and_grad
 from jax_bce._relatives import asymmetric_loss, focal_loss, grad_and_hess, loss_from_probs
 
 __all__ = [
     "asymmetric_loss",
+    "checking",
     "focal_loss",
     "grad_and_hess",
     "logits_of",

@@ -12,6 +12,7 @@ from jax import Array
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_bce import _check
 from jax_bce._call import MODIFIERS
 from jax_bce._primitive import bce, missing, vary_alike
 from jax_bce._reference import (
@@ -70,6 +71,10 @@ class Call(NamedTuple):
         modifiers = dict(zip(self.params["modifiers"], more, strict=True))
         return elements(logits, labels, smoothing, modifiers, absent)
 
+    def result(self, loss: Array) -> Array:
+        """The loss as the user gets it."""
+        return _check.loss(loss.astype(self.result_dtype))
+
     def total(self, values: Array) -> Array:
         """The result of a formula other than that of the primitive."""
         shape, scale = self.operands[0].shape, self.operands[2]
@@ -77,7 +82,7 @@ class Call(NamedTuple):
         rank, count = self.params["reduced_rank"], self.params["count"]
         total = sum_trailing(jnp.broadcast_to(values, shape), rank)
         total = divide(total, scale, count, modifiers.get("divisor"), rank)
-        return total.astype(self.result_dtype)
+        return self.result(total)
 
     def of_class(self, name: str, value: ArrayLike) -> Array:
         """A number, or one for each class, as an operand of the arithmetic's type."""
@@ -396,4 +401,5 @@ def prepare(
     }
     operands = (x, y, jnp.ones((1,) * x.ndim, wide), smoothing, *modifiers.values())
     operands = vary_alike(*(_move(operand, axes, last) for operand in operands))
+    _check.operands(name, operands, tuple(modifiers))
     return Call(operands, params, shape, axes, result_dtype)

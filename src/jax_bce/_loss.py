@@ -143,7 +143,7 @@ def loss(
         result = recompute(call.operands, tuple(call.params.items()))
     else:
         (result,) = bce(*call.operands, kind="loss", **call.params)
-    return result.astype(call.result_dtype)
+    return call.result(result)
 
 
 def loss_and_grad(
@@ -184,4 +184,4 @@ def loss_and_grad(
     call = prepare(logits, labels, pos_weight=pos_weight, **keywords)
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     gradient = call.in_place(spread_like(gradient, call.operands[0]))
-    return value.astype(call.result_dtype), gradient
+    return call.result(value), gradient
