@@ -7,6 +7,7 @@ from importlib.metadata import version
 import jax
 
 from jax_bce import _cpu
+from jax_bce._check import is_on
 from jax_bce._primitive import _cuda, ffi_version_of_jaxlib, missing
 
 
@@ -43,6 +44,7 @@ def report() -> dict[str, str]:
         "default platform": backend,
         # The CUDA kernel is used where it is asked for: it has not been measured yet.
         "implementation=None": "the cpu kernel" if backend == "cpu" and not cpu else "xla",
+        "check of values": "on" if is_on() else "off; JAX_BCE_CHECK=1 switches it on",
     }
 
 

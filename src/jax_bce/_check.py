@@ -51,9 +51,9 @@ def checking(on: bool = True) -> Iterator[None]:
       on: False switches off what the environment switched on.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jax_bce
-      >>> import warnings
+      >>> import warnings, jax.numpy as jnp, jax_bce
       >>> with warnings.catch_warnings(record=True) as caught, jax_bce.checking():
+      ...     warnings.simplefilter("always")
       ...     _ = jax_bce.loss(jnp.array([0.5, -2.0, 1.5]), jnp.array([-1, 1, 1]))
       >>> print(caught[0].message)
       jax_bce: labels are -1 and 1, not 0 and 1: use (labels + 1) / 2.
@@ -249,9 +249,10 @@ def problems(name: str, found: Found) -> list[str]:
 
 
 def _caller() -> _Line:
-    """The line that called this package, be it by way of JAX."""
+    """The line that called this package, be it by way of JAX or Keras."""
     frame: Any = sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("jax_bce", "jax"):
+    between = ("jax_bce", "jax", "keras")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in between:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
 
