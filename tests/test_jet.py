@@ -17,7 +17,7 @@ LOGITS = np.array([[-30, -4, -0.5], [0, 0.25, 20]], FLOAT32)
 LABELS = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
 
 
-def along(function: Callable, x: np.ndarray, direction: np.ndarray, order: int = 4) -> list:
+def along(function: Callable, x: np.ndarray, direction: np.ndarray, order: int = 3) -> list:
     """The value and the derivatives of function(x + t * direction) in t, at 0."""
     terms = [direction, *[np.zeros_like(direction)] * (order - 1)]
     value, derivatives = jet(function, (x,), (terms,))
@@ -51,7 +51,7 @@ def test_elements(implementation: str, jit: bool) -> None:
 
     terms = along(jax.jit(function) if jit else function, LOGITS, np.ones_like(LOGITS))
     oracle.assert_same_bits(terms[0], function(LOGITS))
-    close(terms, exact(LOGITS, LABELS))
+    close(terms, exact(LOGITS, LABELS)[:4])
 
 
 def mean(x: jax.Array) -> jax.Array:
@@ -64,9 +64,9 @@ def test_mean_and_its_gradient(cpu: str) -> None:
     of_elements = [
         term * direction.astype(np.float64) ** n for n, term in enumerate(exact(LOGITS, LABELS))
     ]
-    close(along(mean, LOGITS, direction), [np.mean(term) for term in of_elements])
+    close(along(mean, LOGITS, direction, order=4), [np.mean(term) for term in of_elements])
 
-    gradients = along(jax.grad(mean), LOGITS, direction, order=3)
+    gradients = along(jax.grad(mean), LOGITS, direction)
     close(gradients, [term / direction / LOGITS.size for term in of_elements[1:]])
 
 
@@ -95,7 +95,7 @@ def test_series_of_every_operand(cpu: str) -> None:
 
 def test_what_is_dropped_has_no_series(cpu: str) -> None:
     x = np.where(LABELS, LOGITS, np.nan).astype(FLOAT32)
-    terms = along(lambda x: jax_bce.loss(x, 1, where=LABELS > 0), x, np.ones_like(x), order=3)
+    terms = along(lambda x: jax_bce.loss(x, 1, where=LABELS > 0), x, np.ones_like(x))
     kept = LOGITS[LABELS > 0]
     close(terms, [np.mean(term) for term in exact(kept, np.ones_like(kept))[:4]])
 
@@ -105,8 +105,8 @@ def test_dtypes(cpu: str, dtype: np.dtype) -> None:
     with jax.enable_x64(True):
         x = (LOGITS / 4).astype(dtype)
         function = functools.partial(jax_bce.loss, labels=LABELS, reduction="none")
-        terms = along(function, x, np.ones_like(x), order=3)
-    for actual, expected in zip(terms, exact(x, LABELS)[:4], strict=True):
+        terms = along(function, x, np.ones_like(x), order=2)
+    for actual, expected in zip(terms, exact(x, LABELS)[:3], strict=True):
         assert actual.dtype == dtype
         absolute = oracle.DERIVATIVE[actual.dtype.name] * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(np.float64(actual), expected, atol=absolute)

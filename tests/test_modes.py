@@ -38,6 +38,7 @@ MODES: dict[str, Callable[[], AbstractContextManager]] = {
     "no promotion": no_promotion,
     "no transfers": partial(jax.transfer_guard, "disallow"),
     "x64": partial(jax.enable_x64, True),
+    "checking values": jax_bce.checking,
 }
 # Each with and without jit, but what every other test is, what is the same without jit, and what
 # JAX itself cannot do without: it transfers the number in x * 2.0.
@@ -45,7 +46,13 @@ WAYS = [
     pytest.param(mode, jit, id=f"{mode}-{'jit' if jit else 'eager'}")
     for mode in MODES
     for jit in (True, False)
-    if (mode, jit) not in (("no mode", True), ("disable_jit", False), ("no transfers", False))
+    if (mode, jit)
+    not in (
+        ("no mode", True),
+        ("disable_jit", False),
+        ("no transfers", False),
+        ("checking values", False),  # in test_check.py
+    )
 ]
 
 
