@@ -1,5 +1,5 @@
-"""The debug check: what it says of values that nobody means, in every transformation, and that it
-is not there while it is off."""
+"""The debug check: what it says of mistakes, in every transformation, and that nothing of it is
+there while it is off."""
 
 import re
 import subprocess

@@ -112,6 +112,7 @@ def test_dtypes(cpu: str, dtype: np.dtype) -> None:
         np.testing.assert_allclose(np.float64(actual), expected, atol=absolute)
 
 
+@pytest.mark.any_jax
 def test_what_is_refused() -> None:
     """docs/transforms.md says what: JAX's jet gets through no function with a rule of its own."""
     refused = [

@@ -1,8 +1,8 @@
-"""The debug check: values that a loss takes without complaint, and that nobody means.
+"""The debug check: it warns of values that a loss accepts and that are probably a mistake.
 
-Off, it costs one look at a flag for each call while Python runs, and nothing in the program. On,
-each operand is reduced on its device to a few numbers, which a callback compares with what the
-operand should hold. JAX compiles anew for the flag, as it is part of the key of JAX's caches.
+While it is off, a call reads a flag twice, and nothing is added to the program. While it is on,
+each operand is reduced on its device to a few numbers, which a callback compares with what it
+should hold. The flag is part of the key of JAX's caches: a compiled function is compiled again.
 """
 
 import functools
