@@ -6,6 +6,7 @@ shows up here.
 
 import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -39,6 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
+ROWS, STEPS, FEATURES = 48, 6, 4
 REDUCTIONS = ("sum_over_batch_size", "sum", "mean_with_sample_weight", "none")
 CLOSE = oracle.TOLERANCE["xla"].sum
 assert_close = partial(np.testing.assert_allclose, rtol=CLOSE, atol=CLOSE)
@@ -417,14 +419,36 @@ def test_probabilities_do_not_train_beyond_17(name: str) -> None:
     assert_close(jax.jit(partial(of_logit(17.0, 0), module))()[1], 1)
 
 
-@pytest.mark.parametrize("first", ["BinaryCrossentropy", "BinaryFocalCrossentropy"])
-def test_probabilities_warn_once(recwarn: pytest.WarningsRecorder, first: str) -> None:
-    warnings.simplefilter("always")
+def a_model(*layers: keras.layers.Layer) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((FEATURES,)), *layers])
+
+
+def fits(compiled: bool) -> None:
+    model = a_model(keras.layers.Dense(1, "sigmoid"))
+    model.compile("sgd", ours.BinaryCrossentropy(), run_eagerly=not compiled)
+    model.fit(np.ones((2, FEATURES)), np.ones((2, 1)), verbose=0)
+
+
+WARNS = {
+    "class": lambda: ours.BinaryCrossentropy()([[1.0]], [[0.5]]),
+    "class under jit": lambda: jax.jit(ours.BinaryFocalCrossentropy())([[1.0]], [[0.5]]),
+    "function": lambda: ours.binary_focal_crossentropy([[1.0]], [[0.5]]),
+    "fit": lambda: fits(compiled=True),
+    "fit, eagerly": lambda: fits(compiled=False),
+}
+
+
+@pytest.mark.parametrize("call", WARNS)
+def test_probabilities_warn_once(recwarn: pytest.WarningsRecorder, call: str) -> None:
+    """At the caller's line, whatever of Keras and JAX lies between."""
+    warnings.filterwarnings("always", "from_logits")
     ours._warn_of_probabilities.cache_clear()
-    getattr(ours, first)()([[1.0]], [[0.5]])
+    WARNS[call]()
     (warning,) = recwarn.list
     assert warning.category is UserWarning
-    for remedy in ("activation=None", "from_logits=True", "jax_bce.logits_of"):
+    assert warning.filename == __file__
+    for remedy in ("activation=None", "from_logits=True", "jax_bce.logits_of", ".linear"):
         assert remedy in str(warning.message)
     ours.binary_crossentropy([[1.0]], [[0.5]])
     ours.binary_focal_crossentropy([[1.0]], [[0.5]])
@@ -501,6 +525,57 @@ def test_unknown_reduction(module: str, name: str) -> None:
         getattr(PEERS[module], name)(reduction="average")
 
 
+ELEMENTS = np.ones((4, 3), np.float32)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("rows", [4, 3, 1])
+def test_weights_of_elements(name: str, rows: int) -> None:
+    """An error, also where sizes happen to agree, whose fix is that of the other test."""
+    loss, elements = getattr(ours, name)(from_logits=True), ELEMENTS[:rows]
+    with pytest.raises(ValueError, match=r"axis=-1.*axis=\(\).*jax_bce\.loss\(.*weight=") as error:
+        loss(elements, elements, elements)
+    assert f"sample_weight of shape {elements.shape}" in str(error.value)
+    assert f"losses of shape {(rows,)}" in str(error.value)
+
+
+@pytest.mark.parametrize("module", PEERS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_of_elements_whose_losses_are_not_averaged(name: str, module: str) -> None:
+    y_true, y_pred, weight, _ = data(Shapes((4, 3), (4, 3), (4, 3)), True)
+    for reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+        create = partial(getattr(PEERS[module], name), from_logits=True, reduction=reduction)
+        direct = jax_bce.loss if name == "BinaryCrossentropy" else jax_bce.focal_loss
+        mean = "mean" if reduction == "sum_over_batch_size" else "weighted_mean"
+        expected = direct(y_pred, y_true, weight=weight, reduction=mean)
+        assert_close(create(axis=())(y_true, y_pred, weight), expected)
+
+
+def test_other_weights_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"shape \(5,\).*losses of shape \(4,\): pass one weight"):
+        ours.BinaryCrossentropy(True)(ELEMENTS, ELEMENTS, np.ones(5))
+    loss, rows = ours.BinaryCrossentropy(True, axis=()), np.arange(4.0)
+    with pytest.raises(ValueError, match=r"sample_weight\[:, None\] has one for each") as error:
+        loss(ELEMENTS, ELEMENTS, rows)
+    fix = re.search(r"sample_weight\[.*?\]", str(error.value))[0]
+    fixed = loss(ELEMENTS, ELEMENTS, eval(fix, {"sample_weight": rows}))
+    assert_close(fixed, jax_bce.loss(ELEMENTS, ELEMENTS, sample_weight=rows))
+
+
+@pytest.mark.parametrize("from_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("name", ["binary_crossentropy", "binary_focal_crossentropy"])
+def test_errors_call_the_arguments_as_keras_does(name: str, from_logits: bool) -> None:
+    function = partial(getattr(ours, name), from_logits=from_logits)
+    for y_true, y_pred, options in (
+        (np.ones((3, 2)), np.ones((3, 4)), {}),
+        (np.ones(3, complex), np.ones(3, np.float32), {}),
+        (np.ones(3), np.ones(3), {"axis": 3}),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"y_(true|pred)") as error:
+            function(y_true, y_pred, **options)
+        assert not re.search("logits|probs|labels", str(error.value))
+
+
 @pytest.mark.parametrize("module", PEERS)
 @pytest.mark.parametrize("shapes", [((3, 2), (3, 1)), ((3,), (3, 2)), ((), (3, 1))], ids=str)
 def test_shapes_that_do_not_fit(module: str, shapes: tuple) -> None:
@@ -517,8 +592,6 @@ def test_a_mask_of_another_shape() -> None:
 
 
 # --- training ------------------------------------------------------------------------------------
-
-ROWS, STEPS, FEATURES = 48, 6, 4
 
 
 @cache
@@ -575,6 +648,82 @@ def test_fit_of_sequences_whose_padding_is_nan() -> None:
     theirs = train(peer.BinaryCrossentropy(True), labels)
     np.testing.assert_allclose(mine[:3], theirs[:3], rtol=CLOSE)
     jax.tree.map(assert_close, mine[4:], theirs[4:])
+
+
+DENSE = keras.layers.Dense
+WITH_SIGMOID = {
+    "in the last layer": lambda: a_model(DENSE(1, "sigmoid")),
+    "in a layer of its own": lambda: a_model(DENSE(1), keras.layers.Activation("sigmoid")),
+}
+
+
+@pytest.mark.parametrize("sigmoid", WITH_SIGMOID)
+def test_a_model_loses_its_sigmoid_and_keeps_fit(sigmoid: str, tmp_path) -> None:
+    """As the warning and docs/migrating.md say: it trains like one that never had it."""
+    features, labels, _ = sequences()
+    rows = features[:, 0], labels[:, 0]
+    model, twin = WITH_SIGMOID[sigmoid](), a_model(DENSE(1))
+    twin.set_weights(model.get_weights())
+    model.compile("sgd", "binary_crossentropy")
+    model.evaluate(*rows, verbose=0)  # what was compiled is compiled again
+    model.layers[-1].activation = keras.activations.linear
+    for changed in (model, twin):
+        changed.compile(keras.optimizers.SGD(0.5), ours.BinaryCrossentropy(True))
+    jax.tree.map(assert_close, trained(model, *rows), trained(twin, *rows))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded.predict(rows[0], verbose=0), twin.predict(rows[0], verbose=0))
+
+
+def test_a_model_up_to_the_layer_before() -> None:
+    features, labels, _ = sequences()
+    whole = WITH_SIGMOID["in a layer of its own"]()
+    model = keras.Model(whole.inputs[0], whole.layers[-2].output)
+    model.compile(keras.optimizers.SGD(0.5), ours.BinaryCrossentropy(True))
+    losses = trained(model, features[:, 0], labels[:, 0])
+    assert losses[2] < losses[0]
+    assert_close(jax.nn.sigmoid(model(features[:, 0])), whole(features[:, 0]))
+
+
+LOGITS_FIRST = {
+    "loss": jax_bce.loss,
+    "partial": partial(jax_bce.loss, axis=-1),
+    "focal_loss": jax_bce.focal_loss,
+    "asymmetric_loss": jax_bce.asymmetric_loss,
+    "loss_from_probs": jax_bce.loss_from_probs,
+    "jax_bce.optax": jax_bce.optax.sigmoid_binary_cross_entropy,
+    "torch_like": jax_bce.torch_like.binary_cross_entropy_with_logits,
+    "torch_like, object": jax_bce.torch_like.BCEWithLogitsLoss(),
+}
+
+
+@pytest.mark.parametrize("what", ["loss", "weighted_metrics"])
+@pytest.mark.parametrize("name", LOGITS_FIRST)
+def test_functions_that_take_labels_second_are_refused(name: str, what: str) -> None:
+    """Keras would train on swapped arguments: a loss far below 0, an accuracy of 0.5."""
+    model = a_model(DENSE(1))
+    arguments = {"loss": ours.BinaryCrossentropy(True)} | {
+        what: LOGITS_FIRST[name] if what == "loss" else [LOGITS_FIRST[name]]
+    }
+    model.compile("sgd", **arguments)
+    with pytest.raises(TypeError, match=r"y_true first.*jax_bce\.keras\.BinaryCrossentropy"):
+        model.fit(np.ones((2, FEATURES)), np.ones((2, 1)), verbose=0)
+
+
+def test_functions_that_take_labels_first_are_not() -> None:
+    """Keras's own signature, be it ours or written around a function that takes labels second."""
+    data = np.ones((2, FEATURES)), np.ones((2, 1))
+    losses = []
+    for function in (
+        partial(ours.binary_crossentropy, from_logits=True),
+        lambda y_true, y_pred: jax_bce.loss(y_pred, y_true, axis=-1),
+    ):
+        model = a_model(DENSE(1))
+        model.compile("sgd", function, weighted_metrics=[function])
+        losses.append(model.fit(*data, verbose=0).history["loss"])
+    assert_close(*losses)
+    tree = keras.tree.map_structure(jax_bce.loss, {"a": X}, {"a": Y})  # logits first, as it says
+    oracle.assert_same_bits(tree["a"], jax_bce.loss(X, Y))
 
 
 def test_a_saved_model_keeps_its_loss(tmp_path) -> None:

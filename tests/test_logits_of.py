@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
@@ -464,6 +465,33 @@ def test_what_cannot_be_called_is_refused(model: Any) -> None:
     name = type(model).__name__
     with pytest.raises(TypeError, match=f"model must be a function .*, got {name}: pass the model"):
         jax_bce.logits_of(model)
+
+
+class Wrapped(flax.linen.Module):
+    """Its layers are made in setup, so that flax itself speaks of a missing attribute."""
+
+    def setup(self) -> None:
+        self.dense = flax.linen.Dense(1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return sigmoid(self.dense(x))
+
+
+@pytest.mark.parametrize("module", [flax.linen.Dense(1), Wrapped(), flax.linen.Sequential([])])
+def test_an_unbound_linen_module_is_refused(module: flax.linen.Module) -> None:
+    """And so is what Haiku returns, a pair of functions."""
+    for model in (module, SimpleNamespace(init=module.init, apply=module.apply)):
+        with pytest.raises(TypeError, match=r"logits_of\(model\.apply\)\(variables, x\)"):
+            jax_bce.logits_of(model)
+
+
+def test_a_bound_linen_module() -> None:
+    module = Wrapped()
+    variables = filled(module.init, X)
+    found = jax_bce.logits_of(module.bind(variables))(X)
+    oracle.assert_same_bits(found, jax_bce.logits_of(module.apply)(variables, X))
+    dense = variables["params"]["dense"]
+    oracle.assert_same_bits(found, flax.linen.Dense(1).apply({"params": dense}, X))
 
 
 def filled(init: Callable, *arguments: Any) -> Any:

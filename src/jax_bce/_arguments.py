@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce import _check
 from jax_bce._call import MODIFIERS
+from jax_bce._callers import refuse_keras
 from jax_bce._primitive import bce, missing, vary_alike
 from jax_bce._reference import (
     Elements,
@@ -330,6 +331,7 @@ def prepare(
     name: str = "logits",
 ) -> Call:
     """Checks the arguments of `jax_bce.loss`, which documents them."""
+    refuse_keras()
     one_of("reduction", reduction, _REDUCTIONS)
     one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):

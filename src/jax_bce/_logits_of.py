@@ -17,20 +17,25 @@ _CALLS = {"jit", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
 def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
-    r"""The same model without its final sigmoid.
+    r"""A function that returns the logits of a model: what it computes before its final sigmoid.
 
     For a model :math:`m(x) = \sigma(f(x))`, the function :math:`f`. A call traces the model and
     evaluates what leads to the operand of the sigmoid; nothing is inverted, and no probability
     rounded. Compile the result, not the model: ``jax.jit`` around the sigmoid is undone, with its
     shardings and options, and outside of another the operations are evaluated one by one.
 
+    The result is a function, not a model: it has no weights, layers or ``fit``, and reads those of
+    the model, which stays as it is. To go on with Keras's ``fit``, change the model instead, and
+    compile it again: ``model.layers[-1].activation = keras.activations.linear``.
+
     Args:
-      model: a function, or an object with ``__call__`` such as a module of flax.nnx or equinox, or
-        a Keras model on the JAX backend. It returns one array, bare or in a pytree, and ends in
-        ``jax.nn.sigmoid`` or ``1 / (1 + jnp.exp(-x))``. Behind that may stand what only arranges
-        elements (reshape, squeeze, transpose, broadcast, flip, a slice such as ``[:, 0]``, a
-        sharding constraint), and casts from float to float; around it ``jax.jit``,
-        ``jax.checkpoint``, and custom derivative rules that cover nothing but the sigmoid.
+      model: a function, such as ``apply`` of a flax.linen module, or an object with ``__call__``,
+        such as a module of flax.nnx or equinox, or a Keras model on the JAX backend. It returns one
+        array, bare or in a pytree, and ends in ``jax.nn.sigmoid`` or ``1 / (1 + jnp.exp(-x))``.
+        Behind that may stand what only arranges elements (reshape, squeeze, transpose, broadcast,
+        flip, a slice such as ``[:, 0]``, a sharding constraint), and casts from float to float;
+        around it ``jax.jit``, ``jax.checkpoint``, and custom derivative rules that cover nothing
+        but the sigmoid.
 
     Returns:
       A function that hands its arguments on to the model as they are: arrays, pytrees, modules,
@@ -50,7 +55,7 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
       the probability beside returning it, such as ``jax.debug.print``, is kept.
 
     Raises:
-      TypeError: a model that cannot be called.
+      TypeError: a model that cannot be called, such as a flax.linen module that is not bound.
       ValueError: when called, for a model that ends in anything else, with its name, or returns
         another number of arrays than one.
 
@@ -64,10 +69,14 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
       >>> print(model(weights, x), jax.jit(jax_bce.logits_of(model))(weights, x))
       [1.         0.04742587] [50. -3.]
     """
-    if not callable(model):
+    apply = callable(getattr(model, "apply", None))  # of flax.linen or Haiku
+    if not callable(model) or (apply and getattr(model, "scope", model) is None):
+        fix = "pass the model, not what it returns"
+        if apply:
+            fix = "pass model.apply, and call logits_of(model.apply)(variables, x)"
         raise TypeError(
-            f"model must be a function or an object with __call__, got {type(model).__name__}: "
-            "pass the model, not what it returns."
+            "model must be a function or an object with __call__ that runs by itself, got "
+            f"{type(model).__name__}: {fix}."
         )
 
     def logits(*args: Any, **keywords: Any) -> Any:

@@ -7,14 +7,16 @@ multiplies by a mask, and what is NaN stays NaN.
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 import jax_bce
+from jax_bce._callers import caller, renamed
 
 _REMEDY = "set KERAS_BACKEND=jax in the environment before Keras is imported for the first time."
 try:
@@ -34,6 +36,8 @@ __all__ = [
     "binary_crossentropy",
     "binary_focal_crossentropy",
 ]
+
+_NAMES = {"logits": "y_pred", "probs": "y_pred", "labels": "y_true"}
 
 
 def binary_crossentropy(
@@ -83,10 +87,11 @@ def binary_crossentropy(
       [ 0.3465736 45.15663  ]
     """
     y, x, keywords = _arguments(y_true, y_pred, label_smoothing, axis)
-    if from_logits:
-        return jax_bce.loss(x, y, **keywords)
-    _warn_of_probabilities()
-    return jax_bce.loss_from_probs(x, y, epsilon=keras.config.epsilon(), **keywords)
+    with renamed(**_NAMES):
+        if from_logits:
+            return jax_bce.loss(x, y, **keywords)
+        _warn_of_probabilities()
+        return jax_bce.loss_from_probs(x, y, epsilon=keras.config.epsilon(), **keywords)
 
 
 def binary_focal_crossentropy(
@@ -141,8 +146,12 @@ def binary_focal_crossentropy(
     y, x, keywords = _arguments(y_true, y_pred, label_smoothing, axis)
     if from_logits:
         balance = alpha if apply_class_balancing else None
-        return jax_bce.focal_loss(x, y, alpha=balance, gamma=gamma, **keywords)
+        with renamed(**_NAMES):
+            return jax_bce.focal_loss(x, y, alpha=balance, gamma=gamma, **keywords)
     _warn_of_probabilities()
+    keywords["epsilon"] = keras.config.epsilon()
+    with renamed(**_NAMES):  # before any arithmetic, which would fail in words of its own
+        jax.eval_shape(partial(jax_bce.loss_from_probs, **keywords), x, y)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     p, smoothed = x.astype(wide), y.astype(wide) * (1 - label_smoothing) + label_smoothing / 2
     wrong, power = smoothed * (1 - p) + (1 - smoothed) * p, jnp.asarray(gamma, wide)
@@ -150,7 +159,7 @@ def binary_focal_crossentropy(
     weight = jnp.where(steep, power == 0, jnp.where(steep, 1, wrong) ** power)
     if apply_class_balancing:
         weight *= smoothed * alpha + (1 - smoothed) * (1 - alpha)
-    return jax_bce.loss_from_probs(x, y, weight=weight, epsilon=keras.config.epsilon(), **keywords)
+    return jax_bce.loss_from_probs(x, y, weight=weight, **keywords)
 
 
 def _arguments(
@@ -169,12 +178,16 @@ def _arguments(
 
 @cache
 def _warn_of_probabilities() -> None:
+    """Points at the line that called this package, Keras or, through it, JAX."""
+    libraries = {"jax_bce", "keras", "jax", "contextlib"}
+    _, level = caller(lambda module: module.partition(".")[0] in libraries)
     warnings.warn(
         "from_logits=False: the gradient is 0 where a probability is within 1e-7 of 0 or 1, also "
         "where it is wrong, and nothing beyond a logit of 17 trains. Use activation=None in the "
-        "last layer and from_logits=True here; jax_bce.logits_of(model) drops the sigmoid of a "
-        "model that has one.",
-        stacklevel=3,
+        "last layer and from_logits=True here. Of a model that has its sigmoid, set "
+        "model.layers[-1].activation = keras.activations.linear and compile it again; where the "
+        "model must stay as it is, jax_bce.logits_of(model) is a function that returns its logits.",
+        stacklevel=level,
     )
 
 
@@ -192,6 +205,7 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
         )
         losses = self.call(_select(kept, y), _select(kept, x))
         weight = keras.ops.convert_to_tensor(1 if sample_weight is None else sample_weight, wide)
+        self._fits(*_same_rank(losses, weight))
         kept, weight = _same_rank(kept, weight)
         losses, weight = _same_rank(losses, jnp.where(kept, weight, 0))
         losses *= weight
@@ -204,6 +218,28 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
             repeats = losses.size // max(1, kept.size)
             total = keras.ops.divide_no_nan(total, repeats * jnp.sum(kept))
         return total.astype(self.dtype)
+
+    def _fits(self, losses: Array, weight: Array) -> None:
+        """As Keras broadcasts weights, but not to more than there are losses."""
+        one_each = not losses.ndim or weight.ndim <= losses.ndim
+        try:
+            jnp.broadcast_shapes(losses.shape, weight.shape)
+        except ValueError:
+            one_each = False
+        if not one_each:
+            hint = "pass one weight for each loss"
+            if weight.ndim > losses.ndim:
+                name = type(self).__name__
+                hint = f"losses are means over axis={self.axis}; for a weight for each element, "
+                hint += f"{name}(..., axis=()) averages none, and jax_bce.loss(y_pred, y_true, "
+                hint += "weight=...) takes such weights, too"
+            elif weight.shape == losses.shape[: weight.ndim]:
+                ones = ", ".join([":"] * weight.ndim + ["None"] * (losses.ndim - weight.ndim))
+                hint = f"sample_weight[{ones}] has one for each of the first axes"
+            raise ValueError(
+                f"sample_weight of shape {weight.shape} does not fit losses of shape "
+                f"{losses.shape}: {hint}."
+            )
 
 
 class _Mask(keras.losses.Loss):  # type: ignore[misc]
@@ -237,7 +273,9 @@ class BinaryCrossentropy(_Loss, keras.losses.BinaryCrossentropy):  # type: ignor
     Differs from Keras on purpose, beside what `binary_crossentropy` says: what a mask drops may be
     NaN or infinite (Keras: NaN), "mean_with_sample_weight" divides by the sum of the weights as
     they are broadcast (Keras returns the sum for a scalar weight), the mean of an empty batch is 0
-    (Keras returns an empty array), and 16-bit losses are summed in float32.
+    (Keras returns an empty array), 16-bit losses are summed in float32, and a sample_weight with
+    more axes than the losses is an error (Keras broadcasts it where sizes happen to agree): to
+    weigh elements, of shape (B, K), pass ``axis=()``.
 
     Args:
       from_logits: as for `binary_crossentropy`; mind the default.
@@ -258,7 +296,8 @@ class BinaryCrossentropy(_Loss, keras.losses.BinaryCrossentropy):  # type: ignor
       As `binary_crossentropy` has them; exactly 0 in what a mask drops.
 
     Raises:
-      ValueError: an unknown reduction, a mask of another shape, or as `binary_crossentropy` does.
+      ValueError: an unknown reduction, a sample_weight or a mask of another shape, or as
+        `binary_crossentropy` does.
       TypeError: as `binary_crossentropy` does.
 
     Source:
