@@ -4,6 +4,8 @@ them, and results that are those of the functions they call, bit for bit.
 tests/conformance compares them with the peers themselves.
 """
 
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +26,11 @@ LOGITS = np.array([[-20.0, -1.5, 0.0], [0.25, 3.0, 20.0]], np.float32)
 LABELS = np.array([[0, 1, 1], [0, 1, 0]], np.uint8)
 WEIGHT = np.array([[2.0], [0.5]], np.float32)
 POS_WEIGHT = np.array([1.0, 3.0, 0.25], np.float32)
+PROBS = np.array([[2e-5, 0.125, 0.5], [0.75, 0.9375, 0.96875]], np.float32)
 
 OPTAX = [optax.sigmoid_binary_cross_entropy, optax.sigmoid_focal_loss]
 TORCH = [torch_like.binary_cross_entropy_with_logits, torch_like.sigmoid_focal_loss]
+FROM_PROBS = torch_like.binary_cross_entropy
 
 
 def name_of(function: Callable) -> str:
@@ -38,6 +42,7 @@ pytestmark = pytest.mark.any_jax
 every = pytest.mark.parametrize("function", OPTAX + TORCH, ids=name_of)
 of_optax = pytest.mark.parametrize("function", OPTAX, ids=name_of)
 of_torch = pytest.mark.parametrize("function", TORCH, ids=name_of)
+all_of_torch = pytest.mark.parametrize("function", [*TORCH, FROM_PROBS], ids=name_of)
 
 
 def elementwise(function: Callable) -> Callable:
@@ -149,7 +154,7 @@ def test_shapes_that_do_not_broadcast(function: Callable) -> None:
         function(LOGITS, LABELS[:, 0])
 
 
-@of_torch
+@all_of_torch
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1), (6,), (3, 2)], ids=str)
 def test_target_of_another_shape(function: Callable, shape: tuple[int, ...]) -> None:
     """Not even a scalar, which `jax_bce.loss` takes."""
@@ -160,11 +165,111 @@ def test_target_of_another_shape(function: Callable, shape: tuple[int, ...]) -> 
     assert str(LOGITS.shape) in str(error.value)
 
 
-@of_torch
-@pytest.mark.parametrize("reduction", ["batchmean", "", None])
-def test_unknown_reduction(function: Callable, reduction: object) -> None:
-    with pytest.raises(ValueError, match="reduction"):
-        function(LOGITS, LABELS, reduction=reduction)
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(partial(function, LOGITS, LABELS) for function in TORCH),
+        partial(FROM_PROBS, PROBS, LABELS),
+        torch_like.BCEWithLogitsLoss,
+        torch_like.BCELoss,
+    ],
+)
+@pytest.mark.parametrize("reduction", ["weighted_mean", "batchmean", "", None])
+def test_reductions_are_those_of_pytorch(call: Callable, reduction: object) -> None:
+    """Others are refused, also those that `jax_bce.loss` has, and only PyTorch's are offered."""
+    with pytest.raises(ValueError, match=r"reduction must be one of \['none', 'mean', 'sum'\]"):
+        call(reduction=reduction)
+
+
+# What is wrong, as arguments of each function.
+WRONG = {
+    "integers": ((LOGITS.astype(int), LABELS), {}),
+    "complex labels": ((LOGITS, LABELS.astype(complex)), {}),
+    "shapes": ((LOGITS, LABELS[0]), {}),
+    "weight of a sample": ((LOGITS, LABELS), {"weight": WEIGHT[:, 0]}),
+    "weight of nothing": ((LOGITS, LABELS), {"weight": np.ones(4)}),
+    "pos_weight": ((LOGITS, LABELS), {"pos_weight": np.ones((5, 2, 3))}),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "case"),
+    [
+        (function, case)
+        for function in [*TORCH, FROM_PROBS]
+        for case, (_, options) in WRONG.items()
+        if options.keys() <= inspect.signature(function).parameters.keys()
+    ],
+)
+def test_errors_name_the_arguments_of_the_function(function: Callable, case: str) -> None:
+    """And none that it does not have."""
+    arguments, options = WRONG[case]
+    with pytest.raises((TypeError, ValueError)) as error:
+        function(*arguments, **options)
+    words = set(re.findall(r"\w+", str(error.value)))
+    assert words & set(inspect.signature(function).parameters)
+    assert not words & {"logits", "labels", "probs", "sample_weight", "where", "ignore_label"}
+
+
+@pytest.mark.parametrize(
+    ("create", "function"),
+    [
+        (torch_like.BCEWithLogitsLoss, TORCH[0]),
+        (torch_like.BCELoss, FROM_PROBS),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_objects(platform: str, create: Callable, function: Callable, reduction: str) -> None:
+    """They call the function with what they were made of, compiled or not."""
+    inputs = PROBS if function is FROM_PROBS else LOGITS
+    options = {"weight": WEIGHT, "reduction": reduction}
+    options |= {} if function is FROM_PROBS else {"pos_weight": POS_WEIGHT}
+    criterion, expected = create(**options), partial(function, **options)
+    oracle.assert_same_bits(criterion(inputs, LABELS), expected(inputs, LABELS))
+    oracle.assert_same_bits(jax.jit(criterion)(inputs, LABELS), jax.jit(expected)(inputs, LABELS))
+    oracle.assert_same_bits(create()(inputs, LABELS), function(inputs, LABELS))
+
+
+def test_probabilities(platform: str, dtype: np.dtype) -> None:
+    """Those of `loss_from_probs`, in the input's dtype, and over PyTorch's denominators."""
+    probs, wide = PROBS.astype(dtype), oracle.arithmetic_dtype(dtype)
+    options = {"weight": WEIGHT, "reduction": "none"}
+    losses = jax_bce.loss_from_probs(probs, LABELS, dtype=wide, **options)
+    total = jnp.sum(losses)
+    for reduction, expected in {"none": losses, "sum": total, "mean": total / 6}.items():
+        actual = FROM_PROBS(probs, LABELS, WEIGHT, reduction)
+        oracle.assert_same_bits(actual, expected.astype(dtype))
+
+
+def test_logarithms_are_clamped_as_in_pytorch(platform: str, dtype: np.dtype) -> None:
+    """Beside another element, with a weight, and with a sigmoid in front: nothing is NaN."""
+    p, y = np.array([0, 0, 0, 1, 1, 1, 0.5], dtype), np.array([1, 0.25, 0, 0, 0.75, 1, 1], dtype)
+    weight = np.array([2] * 6 + [0], dtype)
+
+    @jax.jit
+    def values(p: jax.Array, y: jax.Array, weight: jax.Array) -> tuple:
+        loss, pull = jax.vjp(partial(FROM_PROBS, reduction="none"), p, y, weight)
+        in_logit = jax.grad(lambda x: FROM_PROBS(jax.nn.sigmoid(x), y))(jnp.log(p / (1 - p)))
+        return loss, *pull(jnp.ones_like(loss)), in_logit
+
+    loss, in_p, in_y, in_weight, in_logit = (value[:6] for value in values(p, y, weight))
+    oracle.assert_same_bits(loss, np.array([200, 50, 0, 200, 50, 0], dtype))
+    oracle.assert_same_bits(in_weight, np.array([100, 25, 0, 100, 25, 0], dtype))
+    oracle.assert_same_bits(in_y, np.array([200] * 3 + [-200] * 3, dtype))
+    assert not np.any(in_p)
+    assert not np.any(in_logit)
+
+
+def test_probabilities_of_float64_are_clamped_too() -> None:
+    """Down to exp(-100) logarithms are exact; the smallest float64 has one of -745."""
+    with jax.enable_x64(True):
+        p = np.array([1e-43, 1e-300, 5e-324])
+        losses = FROM_PROBS(p, np.ones(3), reduction="none")
+        np.testing.assert_allclose(losses, [-np.log(1e-43), 100, 100], rtol=oracle.SURROUNDINGS)
+
+
+def test_a_probability_that_is_nan() -> None:
+    assert np.isnan(FROM_PROBS(np.float32([np.nan, 0.5]), np.ones(2, np.float32)))
 
 
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
@@ -177,7 +282,8 @@ def test_weight_that_does_not_broadcast(name: str, shape: tuple[int, ...]) -> No
 
 @every
 def test_logits_that_are_no_floats(function: Callable) -> None:
-    with pytest.raises(TypeError, match=r"logits.*int32"):
+    name = next(iter(inspect.signature(function).parameters))
+    with pytest.raises(TypeError, match=rf"^{name} .*int32.* {name}\.astype"):
         function(LOGITS.astype(np.int32), LABELS)
 
 
@@ -192,7 +298,7 @@ def test_deprecated_arguments_of_pytorch() -> None:
         function(LOGITS, LABELS, None, None, None, "mean")
 
 
-@of_torch
+@all_of_torch
 def test_mean_of_nothing(platform: str, function: Callable) -> None:
     nothing = np.zeros((0, 3), np.float32)
     loss, gradient = jax.value_and_grad(partial(function, reduction="mean"))(nothing, nothing)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 
 import jax
 import numpy as np
@@ -26,10 +27,14 @@ INF, NAN = np.inf, np.nan
 SHAPES = [(), (1,), (5,), (2, 3), (3, 1), (2, 1, 4)]
 
 
-def bce(*arguments, **options):
-    from torch.nn.functional import binary_cross_entropy_with_logits
+def f(name: str) -> Callable:
+    import torch
 
-    return binary_cross_entropy_with_logits(*arguments, **options)
+    return getattr(torch.nn.functional, name)
+
+
+def bce(*arguments, **options):
+    return f("binary_cross_entropy_with_logits")(*arguments, **options)
 
 
 def focal(inputs, targets, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"):
@@ -59,12 +64,21 @@ def of_jax(peers, function: Callable, operands: dict[str, np.ndarray]) -> tuple[
     return peers.both(lambda operands: function(**operands), operands)
 
 
-def test_signature() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "functional.binary_cross_entropy_with_logits",
+        "functional.binary_cross_entropy",
+        "BCEWithLogitsLoss",
+        "BCELoss",
+    ],
+)
+def test_signature(name: str) -> None:
     """PyTorch's, but for two arguments that it deprecated."""
     import torch
 
-    theirs = inspect.signature(torch.nn.functional.binary_cross_entropy_with_logits).parameters
-    ours = inspect.signature(torch_like.binary_cross_entropy_with_logits).parameters
+    theirs = inspect.signature(attrgetter(name)(torch.nn)).parameters
+    ours = inspect.signature(attrgetter(name.split(".")[-1])(torch_like)).parameters
     assert {k: v.default for k, v in ours.items()} == {
         k: v.default for k, v in theirs.items() if k not in ("size_average", "reduce")
     }
@@ -99,6 +113,56 @@ def test_binary_cross_entropy(cpu: str, peers) -> None:
             peers.agree(gradients[name], expected_gradient)
 
     agree()
+
+
+@pytest.mark.parametrize("create", ["BCEWithLogitsLoss", "BCELoss"])
+def test_objects(cpu: str, peers, create: str) -> None:
+    """Made and called with the same arguments, among them probabilities of 0 and 1."""
+    import torch
+
+    @peers.examples
+    @given(st.data())
+    def agree(data: st.DataObject) -> None:
+        shape, dtype = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(FLOATS))
+        values = peers.logits(data.draw, shape)  # multiples of 1/8 up to 16
+        operands = {
+            "input": values if create == "BCEWithLogitsLoss" else (values + 16) / 32,
+            "target": peers.labels(data.draw, shape),
+        }
+        reduction = data.draw(st.sampled_from(["none", "mean", "sum"]))
+        weights = {"weight": peers.weights(data.draw, shape)} if data.draw(st.booleans()) else {}
+
+        criterion = getattr(torch.nn, create)(
+            **{k: torch.tensor(v) for k, v in weights.items()}, reduction=reduction
+        )
+        expected, expected_gradients = of_torch(peers, criterion, operands)
+        with jax.enable_x64(dtype == FLOAT64):
+            weights = {k: v.astype(dtype) for k, v in weights.items()}
+            ours = getattr(torch_like, create)(**weights, reduction=reduction)
+            actual, gradients = of_jax(
+                peers, ours, {k: v.astype(dtype) for k, v in operands.items()}
+            )
+        assert actual.dtype == dtype
+        peers.agree(actual, expected)
+        compared = np.ones(shape, bool)
+        if create == "BCELoss":  # next to 0 terms of soft labels cancel; at 0 and 1 see below
+            p = operands["input"]
+            compared = (p > 0) & (p < 1) & (oracle.kind_of(operands["target"]) == "hard")
+        for name, gradient in expected_gradients.items():
+            peers.agree(np.where(compared, gradients[name], 0), np.where(compared, gradient, 0))
+
+    agree()
+
+
+@pytest.mark.parametrize(("p", "y"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.25)])
+def test_gradients_of_clamped_logarithms(cpu: str, peers, p: float, y: float) -> None:
+    """PyTorch divides p - y by 1e-12; that of the clamped formula is 0. The losses are the same."""
+    operands = {"input": np.float32([p]), "target": np.float32([y])}
+    expected, theirs = of_torch(peers, f("binary_cross_entropy"), operands)
+    loss, ours = of_jax(peers, torch_like.binary_cross_entropy, operands)
+    peers.agree(loss, expected)
+    peers.still_wrong(theirs["input"][0], (p - y) * 1e12, 0.0)
+    assert ours["input"] == 0
 
 
 def test_focal_loss(cpu: str, peers) -> None:
