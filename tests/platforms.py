@@ -33,9 +33,9 @@ def missing(name: str) -> str | None:
     """Why nothing can be tested on a platform, or with a tool; None if it can."""
     if name == "nvcc":
         return None if shutil.which("nvcc") else "nvcc is not on the PATH"
-    if name == "torch":
-        found = importlib.util.find_spec("torch")
-        return None if found else "PyTorch is not installed (the Makefile's TORCH)"
+    if name in ("torch", "xgboost", "lightgbm"):
+        hint = "the Makefile's TORCH" if name == "torch" else 'the extra "test"'
+        return None if importlib.util.find_spec(name) else f"it is not installed ({hint})"
     try:
         if name == "gpu-compiler":
             import gpu_compiler
