@@ -10,12 +10,17 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-.PHONY: demo test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: demo pictures test test-floor test-between test-newest lint exhaustive bench gpu-check clean
 .SECONDARY:
 .SECONDEXPANSION:
 
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
+
+# Those of the README. The tests compare what they show with what the scripts draw.
+pictures: $(VENV)/.torch
+	$(RUN) examples/train_digits.py --plot docs/train_digits.png
+	$(RUN) examples/precision.py --plot docs/precision.png
 
 test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto

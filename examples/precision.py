@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from picture import save
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -158,7 +159,7 @@ def plot(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], path: Pa
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, loc="lower left", fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from picture import save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -192,7 +193,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, loc="center right")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main() -> None:

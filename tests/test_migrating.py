@@ -190,6 +190,28 @@ def test_no_code_is_passed_over() -> None:
     assert len(CALLS) > 40
 
 
+def test_a_keras_model_loses_its_sigmoid(cpu: str) -> None:
+    """By the page's code, in the three ways that it names."""
+    (section,) = (s for s in SECTIONS if s.startswith("Keras 3"))
+    layers = [keras.layers.Dense(1), keras.layers.Activation("sigmoid")]
+    found = names() | {"model": keras.Sequential([keras.Input((4,)), *layers])}
+    probabilities = found["model"](logits := np.asarray(names()["logits"]))
+    (earlier,) = re.findall(r"`(keras\.Model\(.*?\))`", section)
+    ways = [eval(earlier, found)(logits), jax_bce.logits_of(found["model"])(logits)]
+    exec(CODE.search(section)[1], found)
+    assert_close = partial(np.testing.assert_allclose, rtol=oracle.SURROUNDINGS)
+    for scores in (*ways, found["model"].predict(logits, verbose=0)):
+        assert_close(jax.nn.sigmoid(scores), probabilities)
+
+
+def test_a_loss_of_ones_own_in_keras(cpu: str) -> None:
+    code = re.search(r"`(lambda y_true, y_pred: .*?)`", "".join(SECTIONS))[1]
+    arguments = names()["labels"], names()["logits"]
+    expected = jax_bce.keras.binary_crossentropy(*arguments, from_logits=True)
+    losses = eval(code, names())(*arguments)
+    np.testing.assert_allclose(losses, expected, rtol=oracle.SURROUNDINGS)
+
+
 def test_objective_of_boosting(monkeypatch: pytest.MonkeyPatch) -> None:
     """XGBoost's formula, as NumPy arrays, compiled once; tests/conformance has both libraries."""
     (section,) = (s for s in SECTIONS if s.startswith("XGBoost"))
@@ -214,6 +236,7 @@ loss = partial(jax_bce.loss, reduction="none")
 focal_loss = partial(jax_bce.focal_loss, reduction="none")
 keras_loss = jax_bce.keras.BinaryCrossentropy
 torch_loss = jax_bce.torch_like.binary_cross_entropy_with_logits
+torch_probs = jax_bce.torch_like.binary_cross_entropy
 
 
 def of_keras(name: str) -> Callable:
@@ -309,7 +332,17 @@ OTHERS: dict[str, tuple[list[Callable], Callable | None]] = {
         None,
     ),
     "`F.binary_cross_entropy`, probability 0, label 1: the logarithm has a floor": (
-        [lambda: jax_bce.loss_from_probs(jnp.zeros(1), 1)],
+        [
+            lambda: jax_bce.loss_from_probs(jnp.zeros(1), 1),
+            lambda: torch_probs(jnp.zeros(1), jnp.ones(1)),
+        ],
+        None,
+    ),
+    "`F.binary_cross_entropy`: its gradient there": (
+        [
+            lambda: jax.grad(jax_bce.loss_from_probs)(0.0, 1),
+            lambda: jax.grad(torch_probs)(0.0, 1.0),
+        ],
         None,
     ),
     "mean of no elements": ([lambda: torch_loss(jnp.zeros(0), jnp.zeros(0))], None),

@@ -37,7 +37,9 @@ def loss(
 
     with :math:`q = w = 1` the negative log-likelihood in nats of a Bernoulli variable with
     probability :math:`\sigma(x) = 1 / (1 + e^{-x})`. Pass the raw scores of the model: a sigmoid in
-    front of this function loses what it computes.
+    front of this function loses what it computes. For Keras's ``compile``, which passes the labels
+    first, there is `jax_bce.keras`: arguments that are swapped show as an accuracy near 0.5 and a
+    loss that falls far below 0.
 
     In this order: elements that `where` or ignore_label drops do not exist; labels are smoothed;
     elements are evaluated, weighted, summed in float32 or wider, divided, and rounded once.
