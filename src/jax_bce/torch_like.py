@@ -125,7 +125,7 @@ def binary_cross_entropy(
         inside = jnp.where(clamped, 0.5, p)
         losses = loss_from_probs(inside, y, weight=weight, reduction="none", dtype=wide)
     floor = 100 * jnp.where(unlikely, y, 1 - y.astype(wide))
-    losses = jnp.where(clamped, floor if weight is None else floor * weight, losses)
+    losses = jnp.where(clamped, floor if weight is None else floor * jnp.asarray(weight), losses)
     if reduction != "none":
         losses = jnp.sum(losses) / (max(1, losses.size) if reduction == "mean" else 1)
     return losses.astype(p.dtype)
