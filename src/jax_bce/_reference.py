@@ -11,6 +11,7 @@ None subtracts nearly equal numbers, and a coefficient 0 of an infinite |x| is s
 multiplied. `csrc/bce_math.h` evaluates the same lines and carries their rounding errors along.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +22,12 @@ from jax import Array
 
 # exp of it, and a few times that, is finite in float32.
 _EXPONENT = 80
+# exp of minus it is 0 in float64, and its square, and that times any focus, finite in float32.
+_FAR = 2.0**20
+# 2 to the power of it turns each subnormal number into a normal one, in float32 and in float64.
+_UP = 64
+_LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
+_Four = tuple[Array, Array, Array, Array]
 # exp of it, and of any small part of it, is 0; 0 times it is 0.
 _NOTHING = -1e9
 
@@ -176,21 +183,77 @@ def by_pos_weight(element: Elements) -> tuple[Array, Array]:
     return times(y, softplus(-x)), -y * sigmoid(-x)
 
 
-def focal_loss(element: Elements, alpha: Array | None, gamma: Array) -> Array:
-    """alpha_t (1 - p_t)^gamma times the loss, where p_t is the probability of the label.
+def _bounded(x: Array) -> Array:
+    """The logit as far as a power changes with it: beyond, exp(-|x|) is 0, but x^2 may overflow."""
+    return jnp.where(jnp.abs(x) < _FAR, x, jnp.copysign(_FAR, x))
 
-    The power is that of log(1 - p_t) = log(y sigmoid(-x) + (1 - y) sigmoid(x)), formed without
-    either sigmoid: with c as above it is log(c + (1 - c) e) - log1p(e), of which -|x| - log1p(e) is
-    left where c = 0, also where e vanishes.
+
+def _above(x: Array, clip: Array) -> tuple[Array, Array]:
+    """Whether sigmoid(x) is above clip, and by how much, at least 0."""
+    p = sigmoid(x)
+    return p > clip, jnp.where(p > clip, p - clip, 0)
+
+
+@jax.custom_jvp
+def _mixture(x: Array, y: Array, n: Array, clip: Array) -> _Four:
+    """log b, sigmoid(-x) / b, p / b and 1 / b of b = y sigmoid(-x) + n p.
+
+    Here p = max(sigmoid(x) - clip, 0). The derivatives of the four are products of them: 1 / b^2,
+    which may overflow where they do not, is never formed. Without a clip b is (c + d e) / (1 + e),
+    where c = n and d = y if x >= 0, and the other way round if not. Where c = 0, d is 1, and e,
+    which may be 0, is not divided by. What is infinite there is limited to the exponential of 80.
     """
-    x, y, n = element.logits, element.labels, element.complements
-    c = jnp.where(x >= 0, n, y)
-    a = jnp.minimum(magnitude(x), np.finfo(x.dtype).max)
+    positive, a = x >= 0, magnitude(x)
     e = jnp.exp(-a)
-    # Of c = 0 the value, and the derivative in c as far as it is finite.
-    near = -a + c * jnp.expm1(jnp.minimum(a, _EXPONENT))
-    logarithm = jnp.where(c == 0, near, jnp.log(jnp.where(c == 0, 1, c + (1 - c) * e)))
-    weight = jnp.exp(gamma * (logarithm - jnp.log1p(e)))
+    c, d = jnp.where(positive, n, y), jnp.where(positive, y, n)
+    none = c == 0
+    scaled = jnp.where(none, 1, c + d * e)
+    logarithm = jnp.where(none, -a, jnp.log(scaled)) - jnp.log1p(e)
+    small = jnp.where(none, 1, e / scaled)
+    large = jnp.where(none, jnp.exp(jnp.minimum(a, _EXPONENT)), 1 / scaled)
+    negative_share = jnp.where(positive, small, large)
+    positive_share = jnp.where(positive, large, small)
+    inverse = small + large
+
+    _, above = _above(x, clip)
+    clipped = y * sigmoid(-x) + n * above
+    some = clipped > 0
+    divisor = jnp.where(some, clipped, 1)
+    formed = (clip == 0) | (n == 0)
+    inverse = jnp.where(formed, inverse, jnp.where(some, 1 / divisor, 0))
+    return (
+        jnp.where(formed, logarithm, jnp.where(some, jnp.log(divisor), _NOTHING)),
+        jnp.where(formed, negative_share, sigmoid(-x) * inverse),
+        jnp.where(clip == 0, positive_share, above * inverse),
+        inverse,
+    )
+
+
+@_mixture.defjvp
+def _mixture_jvp(primals: _Four, tangents: _Four) -> tuple[_Four, _Four]:
+    (x, y, n, clip), (x_dot, y_dot, n_dot, clip_dot) = primals, tangents
+    results = _, by_y, by_n, inverse = _mixture(*primals)
+    p, m = sigmoid(x), sigmoid(-x)
+    above, _ = _above(x, clip)
+    # p m / b, with m = 1 - p, by the one of the two that is not limited.
+    ratio = jnp.where((x >= 0) | (clip != 0), p * by_y, m * by_n)
+    of_p = jnp.where(above, ratio, 0) * x_dot - jnp.where(above, inverse, 0) * clip_dot
+    slope = jnp.where(above, n - y, -y) * ratio
+    log_dot = slope * x_dot + by_y * y_dot + by_n * n_dot
+    log_dot -= jnp.where(above, n * inverse, 0) * clip_dot
+    return results, (
+        log_dot,
+        -by_y * (p * x_dot + log_dot),
+        of_p - by_n * log_dot,
+        -inverse * log_dot,
+    )
+
+
+def focal_loss(element: Elements, alpha: Array | None, gamma: Array) -> Array:
+    """alpha_t (1 - p_t)^gamma times the loss, where p_t is the probability of the label."""
+    x, y, n = element.logits, element.labels, element.complements
+    logarithm, *_ = _mixture(_bounded(x), y, n, jnp.zeros_like(gamma))
+    weight = jnp.exp(gamma * logarithm)
     if alpha is not None:
         weight *= alpha * y + (1 - alpha) * n
     return times(weight, element_loss(element))
@@ -202,28 +265,90 @@ def asymmetric_loss(
     """(1 - p_t)^gamma (-y log(p) - (1 - y) log(1 - p_m)), p = sigmoid(x), p_m = max(p - clip, 0).
 
     Here 1 - p_t = y (1 - p) + (1 - y) p_m and gamma = y gamma_pos + (1 - y) gamma_neg. Logarithms
-    of numbers that may vanish are formed from the logit: log(p) = -softplus(-x).
+    of numbers that may vanish are formed from the logit: log(p) = -softplus(-x), and, of a p_m near
+    1, log(1 - p_m) = log(sigmoid(-x) + clip).
     """
     x, y, n = element.logits, element.labels, element.complements
-    unclipped = clip == 0
-    shifted = jnp.maximum(sigmoid(x) - clip, 0)
-    unlikely = jnp.where(unclipped, softplus(x), -jnp.log1p(-jnp.where(unclipped, 0, shifted)))
+    _, shifted = _above(x, clip)
+    floored, *_ = _mixture(_bounded(x), 1 + clip, clip, jnp.zeros_like(clip))
+    near = shifted < 0.5
+    unlikely = jnp.where(near, -jnp.log1p(-jnp.where(near, shifted, 0)), -floored)
+    unlikely = jnp.where(clip == 0, softplus(x), unlikely)
     cross_entropy = times(y, softplus(-x)) + times(n, unlikely)
 
-    mixed = y * sigmoid(-x) + n * shifted
-    positive, negative = y == 1, (y == 0) & unclipped
-    formed = positive | negative | (mixed == 0)
-    logarithm = jnp.where(formed, _NOTHING, jnp.log(jnp.where(formed, 1, mixed)))
-    # Of these two the value, and the derivative in the label as far as it is finite.
-    by_n = shifted * (1 + jnp.exp(jnp.minimum(x, _EXPONENT))) - 1
-    logarithm = jnp.where(positive, n * by_n - softplus(x), logarithm)
-    by_y = jnp.expm1(jnp.minimum(-x, _EXPONENT))
-    logarithm = jnp.where(negative, y * by_y - softplus(-x), logarithm)
-    power = (y * gamma_pos + n * gamma_neg) * jnp.maximum(logarithm, np.finfo(x.dtype).min)
-    weight = jnp.exp(power)
+    logarithm, *_ = _mixture(_bounded(x), y, n, clip)
+    weight = jnp.exp((y * gamma_pos + n * gamma_neg) * logarithm)
     if stop_gradient_weight:
         weight = jax.lax.stop_gradient(weight)
     return times(weight, cross_entropy)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scaled_up(x: Array, exponent: int) -> Array:
+    """x times 2^exponent, also of a subnormal x, which XLA's arithmetic takes for 0 on a CPU."""
+    info = np.finfo(x.dtype)
+    unsigned = np.dtype(f"u{x.dtype.itemsize}").type
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    mantissa = bits & unsigned(2 ** (info.bits - 1) - 1)
+    subnormal = mantissa.astype(x.dtype) * x.dtype.type(
+        2.0 ** (info.minexp - info.nmant + exponent)
+    )
+    subnormal = jnp.where(bits == mantissa, subnormal, -subnormal)
+    factor = x.dtype.type(2.0**exponent)
+    return jnp.where(mantissa < unsigned(2**info.nmant), subnormal, x * factor)
+
+
+@scaled_up.defjvp
+def _scaled_up_jvp(
+    exponent: int, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (x,), (x_dot,) = primals, tangents
+    return scaled_up(x, exponent), x_dot * x.dtype.type(2.0**exponent)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and what its rounding lost (Knuth)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _log_of_probability(complement: bool, order: int, p: Array, shift: Array) -> Array:
+    """log(p + shift), or log(1 - p + shift), or its derivative of that order in the shift.
+
+    Neither sum is rounded before its logarithm is taken. Where p is outside [0, 1] all is NaN. The
+    derivatives are at most the largest number of bfloat16 (of float64 in float64): finite, so that
+    a coefficient of 0 drops them.
+    """
+    wide = p.dtype
+    outside = ~((scaled_up(p, _UP) >= 0) & (p <= 1)) | jnp.isnan(shift)
+    # No constants from here on: XLA would reorder their sums, and lose what rounding lost.
+    one, p, shift = (jnp.where(outside, np.nan, v).astype(wide) for v in (1, p, shift))
+    term, low = _two_sum(one, -p) if complement else (p, one - one)
+    # A sum of what may be subnormal is formed, and inverted, 2^64 times as large.
+    small = jnp.maximum(term, shift) < 2.0**-_UP
+    unit = jnp.where(small, wide.type(2.0**_UP), one)
+    total, rest = _two_sum(*(jnp.where(small, scaled_up(v, _UP), v) for v in (term, shift)))
+    if order == 0:
+        lost = (low + rest) / jnp.where(total == 0, 1, total)
+        return jnp.log(total) - jnp.log(unit) + lost
+    largest = np.finfo(wide).max if wide == np.float64 else wide.type(_LARGEST_BFLOAT16)
+    inverse = jnp.minimum(unit / total, largest)
+    size = inverse
+    for k in range(1, order):
+        size = jnp.minimum(size * (k * inverse), largest)
+    return size if order % 2 else -size
+
+
+@_log_of_probability.defjvp
+def _log_of_probability_jvp(
+    complement: bool, order: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    p_dot, shift_dot = tangents
+    slope = _log_of_probability(complement, order + 1, *primals)
+    value = _log_of_probability(complement, order, *primals)
+    return value, slope * (shift_dot - p_dot if complement else shift_dot + p_dot)
 
 
 def loss_of_probabilities(element: Elements, epsilon: Array | None, log_epsilon: Array) -> Array:
@@ -232,11 +357,10 @@ def loss_of_probabilities(element: Elements, epsilon: Array | None, log_epsilon:
     They stand in the logits' place, and are clipped to [epsilon, 1 - epsilon] first.
     """
     p, y, n = element.logits, element.labels, element.complements
-    if epsilon is not None:
-        p = jnp.clip(p, epsilon, 1 - epsilon)
-    # A logarithm that a coefficient of 0 drops has no derivative to speak of either.
-    likely = -jnp.log(jnp.where((y == 0) & (p <= 0), 1, p) + log_epsilon)
-    unlikely = -jnp.log1p(log_epsilon - jnp.where((n == 0) & (p >= 1), 0, p))
+    if epsilon is not None:  # by comparisons, which keep a subnormal p
+        p = jnp.where(p < epsilon, epsilon, jnp.where(p > 1 - epsilon, 1 - epsilon, p))
+    likely = -_log_of_probability(False, 0, p, log_epsilon)
+    unlikely = -_log_of_probability(True, 0, p, log_epsilon)
     if element.pos_weight is not None:
         y = _positive(y, element.pos_weight)
     return times(y, likely) + times(n, unlikely)

@@ -173,12 +173,14 @@ def loss_from_probs(
     the model.
 
     Args:
-      probs: probabilities p in [0, 1], of a floating-point dtype; NaN outside, unless clipped.
+      probs: probabilities p in [0, 1], of a floating-point dtype, subnormal ones included. Outside,
+        the loss and its derivatives are NaN for every label, unless p is clipped.
       labels: as for `loss`.
       epsilon: None: the logarithms are exact, and may be infinite. A number: p is clipped to
         [epsilon, 1 - epsilon] first, in float32 or wider, which also stops the gradient beyond;
-        1e-7 is what Keras 3 does.
-      log_epsilon: added inside both logarithms; 1e-7 for both is what tf.keras 2 does.
+        1e-7 is what Keras 3 does. On a CPU, XLA takes a subnormal epsilon for 0.
+      log_epsilon: added inside both logarithms, whose arguments are not rounded; 1e-7 for both is
+        what tf.keras 2 does.
       pos_weight: as for `loss`.
       **keywords: those of `loss`, but residuals. XLA compiles this loss, so that implementation is
         None or "xla".
@@ -187,7 +189,11 @@ def loss_from_probs(
       The loss, of the shape and dtype that `loss` has.
 
     Derivatives:
-      With respect to everything that may be traced, to any order, in their argument's dtype.
+      With respect to everything that may be traced, to any order, in their argument's dtype. Those
+      of a logarithm, such as 1 / p, are at most 3.39e38 (the largest number of bfloat16, or of
+      float64 for float64 probabilities), also at p = 0. In float16 they overflow beyond 65,504. On
+      a CPU, XLA flushes subnormal losses and derivatives to 0, and takes subnormal labels and
+      weights for 0.
 
     Raises:
       TypeError, ValueError, RuntimeError: as `loss` does.
