@@ -16,9 +16,18 @@
 //     float32, labels in (0,1)  loss <= 2 ulp; gradient error <= 1 ulp of
 //                               max((1 - y) sigmoid(x), y sigmoid(-x))
 //     float64                   <= 4 ulp
-//     bfloat16, float16         <= 0.502 ulp: rounded once, from about float32's accuracy
+//     bfloat16, float16         <= 0.502 ulp: rounded once, from about float32's accuracy;
+//                               labels in (0,1) gradient error 2^-22 of that maximum more
+//     weights                   <= 1 ulp of the arithmetic's type more for each of weight,
+//                               sample_weight and pos_weight that an element has, where it is a
+//                               normal number without them
+//     float32 sums              <= 2^-23, relative, of two or more elements of one sign, also
+//                               weighted and masked; of one, what its element holds
 //     infinities, NaN, tails    the limit; NaN; gradual underflow
-// To keep it, every value whose rounding error would show is a pair: x and, below it, x_low.
+// Labels are rounded to the arithmetic's type first: a float64 label beside float32 logits is the
+// nearest float32 number before 1 - y is formed.
+// To keep the contract, every value whose rounding error would show is a pair: x and, below it,
+// x_low.
 //
 // Only + - * fma / select and integer operations are used, in a written order, with contraction off
 // in every compiler: each lane type gives the same bits.

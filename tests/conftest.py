@@ -91,13 +91,18 @@ class Check:
         bound: float,
         *,
         scale: ArrayLike | None = None,
+        besides: ArrayLike = 0.0,
         flushes: bool = False,
         inputs: tuple[ArrayLike, ...] = (),
     ) -> None:
+        """At most `bound` ulp, taken at `scale`, and `besides` in absolute terms."""
         __tracebackhide__ = True
         actual, exact = np.asarray(actual), np.asarray(exact)
         assert actual.shape == exact.shape
         distance = oracle.ulp_distance(actual, exact, actual.dtype, scale)
+        if np.any(besides):
+            unit = oracle.ulp(exact if scale is None else scale, actual.dtype)
+            distance = np.maximum(distance - np.nan_to_num(besides) / unit, 0)
         if flushes:
             tiny = float(np.finfo(oracle.arithmetic_dtype(actual.dtype)).tiny)
             flushed = (actual == 0) & (abs(exact.astype(np.float64)) < tiny)
@@ -142,7 +147,8 @@ class Check:
             )
         if gradient is not None:
             gradient = np.asarray(gradient)
-            bound = tolerance.elements[gradient.dtype.name, kind].gradient
+            own = tolerance.elements[gradient.dtype.name, kind]
+            bound = own.gradient
             scaled = np.any(np.asarray(factor) != 1)
             if scaled:
                 bound += oracle.FACTOR * oracle.ulp_of_arithmetic(gradient.dtype)
@@ -155,6 +161,9 @@ class Check:
                 exact.gradient * factor,
                 bound,
                 scale=exact.gradient_scale * abs(factor) if full else None,
+                besides=own.cancelled * abs(factor) * exact.gradient_scale
+                if own.cancelled
+                else 0.0,
                 flushes=flushes,
                 inputs=(logits, labels),
             )

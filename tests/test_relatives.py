@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import mpmath
 import numpy as np
 import oracle
@@ -74,8 +75,8 @@ def asymmetric(x, y, gamma_neg, gamma_pos, clip, at=None):
     return entropy * (base**gamma if gamma else 1)
 
 
-def of_probability(p, y, q=1):
-    return -q * y * _MP.log(p) - (1 - y) * _MP.log(1 - p)
+def of_probability(p, y, q=1, shift=0):
+    return -q * y * _MP.log(p + shift) - (1 - y) * _MP.log(1 - p + shift)
 
 
 def exact(definition: Callable, *arguments, by: int = 0) -> tuple[np.ndarray, ...]:
@@ -135,8 +136,9 @@ def asymmetric_scales(x, y, gamma_neg, gamma_pos, clip) -> list[np.ndarray]:
     x, y, p, m = in_float64(x, y)
     shifted = np.maximum(p - clip, 0)
     base, gamma = y * m + (1 - y) * shifted, y * gamma_pos + (1 - y) * gamma_neg
-    negative = p * m / (m + np.minimum(clip, p)) * (shifted > 0)
-    likely = -np.log1p(-shifted) if clip else np.logaddexp(0, x)
+    floored = m + np.minimum(clip, p)
+    negative = p * (m / floored if clip else 1) * (shifted > 0)
+    likely = -np.log(floored) if clip else np.logaddexp(0, x)
     entropy = (
         y * np.logaddexp(0, -x) + (1 - y) * likely,
         y * m + (1 - y) * negative,
@@ -202,6 +204,60 @@ def test_asymmetric(check, platform_name: str, what: str, clip: float, kind: str
     """Misclassified negatives, too, whose loss is bounded by the clip, keep their gradient."""
     results = asymmetric_results(clip, platform_name)
     compare_kind(check, f"asymmetric, clip={clip},", kind, what, results, oracle.ASYMMETRIC)
+
+
+# Logits, labels and powers at which a square, or the square of a reciprocal, overflows; and where
+# a clip is small.
+FAR = np.array([1e-40, 5, 30, 43.5, 60, 75, 87, 104, 65504, 1e19, 1e30, 3e38], FLOAT32)
+EXTREME_X = np.array([*FAR, *-FAR, np.finfo(FLOAT32).max, np.finfo(FLOAT32).min], FLOAT32)
+EXTREME_Y = np.array([0, 1, 2e-38, 1e-30, 1e-19, 1e-7, 0.5, 1 - 1e-7], FLOAT32)
+EXTREME = np.broadcast_arrays(EXTREME_X[:, None, None], EXTREME_Y[:, None], GAMMA)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "clip"),
+    [*((FLOAT32, clip) for clip in (None, 0.0, 1e-20, 0.05)), (FLOAT64, None), (FLOAT64, 0.05)],
+    ids=str,
+    indirect=["dtype"],
+)
+def test_extreme_logits_and_labels(check, dtype: np.dtype, clip: float | None) -> None:
+    """Three finite derivatives, by either mode; exact loss and gradient. Without a clip: focal."""
+    x, y, gamma = (v.astype(dtype) for v in EXTREME)
+    if dtype == FLOAT64:
+        x = np.where(abs(x) == np.finfo(FLOAT32).max, np.copysign(np.finfo(FLOAT64).max, x), x)
+    if clip is None:
+        of = partial(jax_bce.focal_loss, labels=y, gamma=gamma, reduction="none")
+        definition, arguments, of_scales = focal, (x, y, gamma), focal_scales
+    else:
+        gammas = {"gamma_neg": gamma, "gamma_pos": 5 - gamma, "clip": np.asarray(clip, dtype)}
+        of = partial(jax_bce.asymmetric_loss, labels=y, **gammas, reduction="none")
+        definition, arguments, of_scales = asymmetric, (x, y, *gammas.values()), asymmetric_scales
+
+    @jax.jit
+    def every(x):
+        def along(function):
+            return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+        gradient = jax.grad(lambda x: jnp.sum(of(x)))
+        twice = jax.grad(lambda x: jnp.sum(gradient(x)))
+        return of(x), gradient(x), along(gradient)(x), along(along(gradient))(x), along(twice)(x)
+
+    found = every(x)
+    for order, actual in enumerate(found):
+        finite = np.isfinite(actual)
+        assert finite.all(), (order, [v[~finite][:3] for v in (x, y, gamma)])
+    if dtype == FLOAT64:
+        return
+    # XLA flushes subnormal factors of a normal result: a power of a large loss, and exp(-|x|).
+    known = ((abs(x) < FAR[-3]) | np.isin(y, [0, 0.5, 1])) & (abs(x) != 104)
+    arguments = [v[known] if v.ndim else v for v in arguments]
+    with np.errstate(all="ignore"):
+        scales_of_orders = map(np.nan_to_num, of_scales(*arguments))
+    bound = oracle.FOCAL if clip is None else oracle.ASYMMETRIC
+    results = zip(ORDERS[:2], found, exact(definition, *arguments), scales_of_orders, strict=False)
+    for what, actual, expected, scale in results:
+        actual = np.asarray(actual)[known]
+        compare(check, f"extreme {what}", actual, expected, scale, bound, tuple(arguments))
 
 
 @pytest.mark.parametrize("relative", ["focal_loss", "asymmetric_loss"])
@@ -669,7 +725,7 @@ def test_float64(check, relative: Callable, dtype: np.dtype) -> None:
         value, scale, bound = (
             exact(of_probability, x, y)[0],
             [None],
-            oracle.ARITHMETIC + oracle.LOG1P_FLOAT64,
+            oracle.ARITHMETIC,
         )
     value = value.astype(np.float64)
     check.ulps("a relative in float64", found, value, bound, scale=scale[0], inputs=(x, y))
@@ -749,6 +805,147 @@ def test_probabilities_of_0_and_1() -> None:
     of = jax.value_and_grad(partial(jax_bce.loss_from_probs, labels=labels, **dropped))
     value, gradient = compiled(of, probs)
     np.testing.assert_array_equal([value, *gradient], [0, 1, -1, 0, 0])
+
+
+def rounded(dtype: np.dtype) -> float:
+    """The bound of an element by XLA's arithmetic, rounded once to the dtype."""
+    bound = oracle.ARITHMETIC * oracle.ulp_of_arithmetic(dtype)
+    return bound + oracle.ROUNDED * (oracle.arithmetic_dtype(dtype) != dtype)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-12, 1e-7, 1e-3])
+def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None:
+    """Neither p + log_epsilon nor 1 - p + log_epsilon is rounded: value, gradient, by the shift."""
+    rng = np.random.default_rng(0)
+    small = 10 ** rng.uniform(-6, -0.3, 60)
+    probs = oracle.round_to([*small, *(1 - small), *rng.uniform(0, 1, 60)], dtype)
+    probs = probs[(probs > 0) & (probs < 1)]
+    shift = np.asarray(shift, oracle.arithmetic_dtype(dtype))
+    for label in 0, 1, 0.25:
+
+        @partial(jax.jit, static_argnums=2)
+        def every(p, shift, label):
+            def of(p, shift):
+                return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
+
+            gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
+            return of(p, shift), gradients(p, shift)
+
+        shifts = np.full(probs.shape, shift)
+        value, (by_p, by_shift) = every(probs, shifts, label)
+        arguments = (probs, label, 1, shifts)
+        expected = exact(of_probability, *arguments)[:2]
+        expected = (*expected, exact(of_probability, *arguments, by=3)[1])
+        largest = np.maximum(
+            label / (probs + shift), (1 - label) / (1 - probs.astype(float) + shift)
+        )
+        for what, actual, own, scale in zip(
+            ("loss", "gradient", "by the shift"),
+            (value, by_p, by_shift),
+            expected,
+            (None, largest, largest),
+            strict=True,
+        ):
+            own = own.astype(np.float64)
+            bound = rounded(np.asarray(actual).dtype)
+            check.ulps(f"shifted {what}", actual, own, bound, scale=scale, inputs=(probs,))
+
+
+@pytest.mark.parametrize("prob", [0.0, 1e-9, 1e-7, 1e-3, 0.4, 0.5, 0.9, 1 - 1e-6, 1 - 1e-7, 1.0])
+def test_log_epsilon_is_that_of_tf_keras(prob: float) -> None:
+    """Its formula in float64, of the probability that it clips in float32."""
+    prob, epsilon = np.float32(prob), np.float32(1e-7)
+    clipped = np.float64(np.clip(prob, epsilon, 1 - epsilon))
+    for label, argument in ((1, clipped), (0, 1 - clipped)):
+        found = compiled(
+            jax_bce.loss_from_probs, prob, labels=label, epsilon=1e-7, log_epsilon=1e-7
+        )
+        expected = -np.log(argument + 1e-7)
+        np.testing.assert_allclose(found, expected, rtol=oracle.PUBLISHED, atol=oracle.PUBLISHED)
+
+
+OUTSIDE = [-np.inf, -1, -1e-3, -1e-40, 1.01, 1.5, 2, np.inf, np.nan]
+OUTSIDE_OPTIONS = {
+    "plain": {},
+    "pos_weight": {"pos_weight": np.float32(2)},
+    "weight of 0, smoothed": {"weight": np.float32(0), "label_smoothing": 0.1},
+    "mean, shifted": {"reduction": "mean", "log_epsilon": 1e-3},
+    "weighted_mean": {"reduction": "weighted_mean", "weight": np.float32(2)},
+}
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str, indirect=True)
+def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
+    """For every label, option and derivative; but clipped, or dropped, it is not."""
+    if dtype == FLOAT64:
+        outside = np.array([-5e-324, 1 + 2**-52], dtype)[:, None]
+    else:
+        outside = np.array(OUTSIDE, FLOAT32).astype(dtype)[:, None]
+    labels = np.float32([0, 1, 0.3])
+
+    @jax.jit
+    def every(p):
+        def alone(of):  # one probability with each label
+            gradient = jax.grad(of, (0, 1))
+            second = jax.grad(lambda p, y: gradient(p, y)[0])
+            by_row = jax.vmap(
+                lambda p: jax.vmap(lambda y: (of(p, y), gradient(p, y), second(p, y)))(labels)
+            )
+            return by_row(p[:, 0])
+
+        options = [{"reduction": "sum", **options} for options in OUTSIDE_OPTIONS.values()]
+        return [
+            alone(lambda p, y, options=options: jax_bce.loss_from_probs(p[None], y, **options))
+            for options in options
+        ]
+
+    for name, found in zip(OUTSIDE_OPTIONS, every(outside), strict=True):
+        assert all(np.isnan(np.asarray(v)).all() for v in jax.tree.leaves(found)), name
+    clipped = jax_bce.loss_from_probs(outside[:3], 0.5, epsilon=0.1, reduction="none")
+    assert np.isfinite(np.asarray(clipped)).all()
+    dropped = partial(jax_bce.loss_from_probs, labels=1, where=np.zeros(outside.shape, bool))
+    value, gradient = jax.value_and_grad(dropped)(outside)
+    assert value == 0
+    assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("dtype", oracle.FLOATS, ids=str, indirect=True)
+def test_subnormal_probabilities(check, dtype: np.dtype) -> None:
+    """Read through their bits, in every mode; 1 / p stops at the largest finite number."""
+    info = ml_dtypes.finfo(dtype)
+    smallest, tiny = float(info.smallest_subnormal), float(info.tiny)
+    probs = oracle.round_to([smallest, 3 * smallest, tiny / 3, tiny - smallest, tiny], dtype)
+    of = partial(jax_bce.loss_from_probs, labels=1, reduction="none")
+    wide = probs.astype(np.float64)
+    losses = {
+        "as it is": of(probs),
+        "compiled": compiled(of, probs),
+        "mapped": jax.vmap(of)(probs),
+        "clipped": of(probs, epsilon=0.0),
+    }
+    for how, loss in losses.items():
+        check.ulps(f"subnormal, {how}", loss, -np.log(wide), rounded(dtype))
+    gradient = jax.grad(lambda p: jnp.sum(of(p)))
+    second = jax.grad(lambda p: jnp.sum(gradient(p)))(probs)
+    _, tangent = jax.jvp(of, (probs,), (np.ones_like(probs),))
+    with np.errstate(over="ignore"):
+        slopes = np.maximum(-1 / wide, -oracle.largest_derivative(dtype))
+    for slope in gradient(probs), jax.jit(gradient)(probs), tangent:
+        check.ulps("subnormal gradient", slope, slopes, rounded(dtype))
+    if dtype != FLOAT16:  # whose range the exact ones exceed
+        assert np.isfinite(np.asarray(gradient(probs), np.float64)).all()
+        assert np.isfinite(np.asarray(second, np.float64)).all()
+    assert (np.asarray(second) > 0).all()
+    # The other label's logarithm drops out, with all its derivatives.
+    zero = jax.grad(lambda p: jnp.sum(jax_bce.loss_from_probs(p, 0, reduction="sum")))
+    np.testing.assert_array_equal(zero(probs), np.ones_like(probs))
+    np.testing.assert_array_equal(jax.grad(lambda p: jnp.sum(zero(p)))(probs), np.ones_like(probs))
+
+
+def test_a_weight_of_zero_drops_an_infinite_loss_of_probabilities() -> None:
+    of = partial(jax_bce.loss_from_probs, labels=[1, 0], weight=np.float32([0, 0]), reduction="sum")
+    value, gradient = compiled(jax.value_and_grad(of), np.float32([0, 1]))
+    np.testing.assert_array_equal([value, *gradient], [0, 0, 0])
 
 
 def test_clipped_probabilities(check) -> None:

@@ -6,8 +6,10 @@ random ones, and published values.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -96,6 +98,24 @@ def test_float32_near_the_zero_of_the_gradient(check, implementation: str) -> No
         root = np.log(labels.astype(np.float64)) - np.log1p(-labels.astype(np.float64))
     distance = 10.0 ** np.random.default_rng(5).uniform(-8, 0, WALK)
     check_elements(check, implementation, oracle.round_to(root + distance, FLOAT32), labels)
+
+
+@pytest.mark.parametrize("label_type", ["own", "float32"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str, indirect=True)
+def test_16_bit_near_the_zero_of_the_gradient(
+    check, implementation: str, dtype: np.dtype, label_type: str
+) -> None:
+    """The worst cases known of soft labels, dense ones around each zero, and random ones."""
+    rng = np.random.default_rng(6)
+    labels = oracle.random_labels(dtype if label_type == "own" else FLOAT32, WALK, seed=4)
+    labels[:2] = oracle.round_to([0.57803142, 0.26767638], labels.dtype)
+    wide = np.clip(labels.astype(np.float64), 2.0**-24, 1 - 2.0**-24)
+    root = np.log(wide) - np.log1p(-wide)
+    distance = 10.0 ** rng.uniform(-8, 0, WALK) * rng.choice([-1, 0, 1], WALK)
+    logits = oracle.round_to(root + distance, dtype)
+    logits[:2] = oracle.round_to([0.314697265625, -1.007], dtype)
+    check_elements(check, implementation, logits, labels)
+    check_elements(check, implementation, oracle.random_logits(dtype, WALK, seed=5), labels)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -281,3 +301,84 @@ def test_dtype_narrows(check, implementation: str) -> None:
     )
     assert loss.dtype == BFLOAT16
     check.elements(implementation, logits, labels, loss=loss)
+
+
+FACTORS = [
+    ("weight",),
+    ("pos_weight",),
+    ("weight", "sample_weight"),
+    ("weight", "sample_weight", "pos_weight"),
+]
+
+
+@pytest.mark.parametrize("names", FACTORS, ids=",".join)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_weighted_elements(
+    check, platform: str, dtype: np.dtype, kind: str, names: tuple[str, ...]
+) -> None:
+    """One ulp more for each factor, also where the product is just below a power of 2."""
+    size = 1 << 10 if dtype == FLOAT64 else 1 << 15
+    rng = np.random.default_rng(7)
+    logits = oracle.random_logits(dtype, size, seed=8, scale=8)
+    labels = oracle.random_labels(np.uint8 if kind == "hard" else dtype, size, seed=9)
+    plain = oracle.exact(logits, labels)
+    factors = {name: rng.uniform(1, 2, size).astype(dtype) for name in names}
+    # There an ulp is half of what it is, relative to the number, just above that power.
+    other = np.prod([v.astype(np.float64) for v in list(factors.values())[1:]], axis=0)
+    for result in "loss", "gradient_scale":
+        target = getattr(plain, result).astype(np.float64) * other
+        below = 1 - 10 ** rng.uniform(-4, -2, size)
+        factors[names[0]] = (below / np.frexp(target)[0]).astype(dtype)
+        wide = {name: v.astype(np.float64) for name, v in factors.items()}
+        weight = wide.get("weight", 1.0) * wide.get("sample_weight", 1.0)
+        exact = oracle.exact(logits, labels, pos_weight=factors.get("pos_weight", 1.0))
+        loss, gradient = jax_bce.loss_and_grad(
+            logits, labels, **factors, reduction="none", implementation=platform
+        )
+        tolerance = oracle.TOLERANCE[platform]
+        own = tolerance.elements[dtype.name, kind]
+        more = tolerance.factor * len(names) * oracle.ulp_of_arithmetic(dtype)
+        check.ulps(f"loss with {len(names)} factors", loss, exact.loss * weight, own.loss + more)
+        term = exact.gradient_scale * weight
+        full = oracle.arithmetic_dtype(dtype) == dtype
+        check.ulps(
+            f"gradient with {len(names)} factors",
+            gradient,
+            exact.gradient * weight,
+            own.gradient + more,
+            scale=term if full else None,
+            besides=own.cancelled * term if own.cancelled else 0.0,
+        )
+
+
+@pytest.mark.parametrize("columns", [2, 3, 16, 100])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_weighted_and_masked_sums(check, platform: str, kind: str, columns: int) -> None:
+    """Rows of two elements or more hold the bound of a sum, also weighted and masked."""
+    shape = (3000, columns)
+    rng = np.random.default_rng(columns)
+    logits = oracle.random_logits(FLOAT32, shape, seed=columns)
+    labels = oracle.random_labels(np.uint8 if kind == "hard" else FLOAT32, shape, seed=columns)
+    options = {
+        name: rng.uniform(0.1, 3, shape).astype(FLOAT32)
+        for name in ("weight", "sample_weight", "pos_weight")
+    }
+    options["where"] = rng.uniform(0, 1, shape) < 0.7
+    for names in (*FACTORS, ("where",), tuple(options)):
+        given = {name: options[name] for name in names}
+        exact = oracle.exact(logits, labels, pos_weight=given.get("pos_weight", 1.0)).loss
+        for name in {"weight", "sample_weight", "where"} & given.keys():
+            exact = exact * given[name].astype(np.float64)
+        loss = jax_bce.loss(
+            logits, labels, **given, reduction="sum", axis=-1, implementation=platform
+        )
+        check.reduced(platform, loss, exact.sum(-1), "weighted sum of a row")
+
+
+def test_wide_labels_are_rounded_to_the_arithmetic(implementation: str) -> None:
+    """Float64 labels beside float32 logits are taken as float32 ones, also in 1 - y."""
+    logits = np.array([20, -20, 3], FLOAT32)
+    with jax.enable_x64(True):
+        labels = np.array([1 - 1e-9, 1e-9, 1 / 3])
+        of = partial(jax_bce.loss_and_grad, reduction="none", implementation=implementation)
+        oracle.assert_same_bits(of(logits, labels), of(logits, labels.astype(FLOAT32)))

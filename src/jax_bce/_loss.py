@@ -48,8 +48,9 @@ def loss(
       logits: float16, bfloat16, float32 or float64, any shape.
       labels: probabilities of the positive class, of the logits' shape or a scalar: any of the
         logits' dtypes (not necessarily the same), bool, int8, uint8, int16, int32 or int64. Read as
-        stored; integers other than 0 and 1 are taken at their value: labels of -1 and 1, or of 0
-        and 255, are not what you want, and `checking` finds them.
+        stored, and rounded to float32 unless the logits are float64: 1 - 1e-9 is 1 beside float32
+        logits, and its 1 - y is 0. Integers other than 0 and 1 are taken at their value: labels of
+        -1 and 1, or of 0 and 255, are not what you want, and `checking` finds them.
       weight: a factor of each element, aligned with the logits' last axes as NumPy broadcasts: a
         number, one for each class, of shape (C,), or of the logits' shape. It and the other weights
         may have any dtype that labels may, and are read as stored.
