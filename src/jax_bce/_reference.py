@@ -22,7 +22,7 @@ from jax import Array
 
 # exp of it, and a few times that, is finite in float32.
 _EXPONENT = 80
-# exp of minus it is 0 in float64, and its square, and that times any focus, finite in float32.
+# exp(-it) is 0, also in float64: no power of a probability changes beyond a logit of that size.
 _FAR = 2.0**20
 # 2 to the power of it turns each subnormal number into a normal one, in float32 and in float64.
 _UP = 64
@@ -184,7 +184,7 @@ def by_pos_weight(element: Elements) -> tuple[Array, Array]:
 
 
 def _bounded(x: Array) -> Array:
-    """The logit as far as a power changes with it: beyond, exp(-|x|) is 0, but x^2 may overflow."""
+    """The logit that a power is formed from: a larger one would overflow in a derivative."""
     return jnp.where(jnp.abs(x) < _FAR, x, jnp.copysign(_FAR, x))
 
 
