@@ -117,7 +117,8 @@ def _jvp_of_total(
         factor = rest[0].astype(scale.dtype) if rest else jnp.ones_like(scale)
         # The tangent is selected, too: the cotangent may be infinite or not a number.
         terms.append(element.select(element.select(factor) * dot.astype(scale.dtype)))
-    total_dot = sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank)
+    total_dot = jnp.broadcast_to(_add([jnp.zeros_like(scale), *terms]), shape)
+    total_dot = sum_trailing(total_dot, reduced_rank)
     total_dot = divide(total_dot, scale, count, None, reduced_rank)
     return results, [total_dot, jnp.zeros_like(results[1])]
 
@@ -152,7 +153,8 @@ def _jvp(
         for name, dot in zip(named, tangents, strict=True)
         if not isinstance(dot, ad.Zero)
     }
-    logits_dot, divisor_dot = moving.pop("logits", None), moving.pop("divisor", None)
+    logits_dot = moving.pop("logits", None)
+    of_factor = {n: moving.pop(n) for n in ("scale", "divisor", "divisor_low") if n in moving}
 
     if kind == "loss" and logits_dot is None:
         (loss,) = outputs = bce(*primals, kind="loss", **common)
@@ -180,12 +182,14 @@ def _jvp(
     dots = []
     if terms:
         dots.append(sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank))
-    if divisor is not None:
-        safe = jnp.where(divisor == 0, 1, divisor)
-    if divisor_dot is not None:
-        # Of the divided loss: the sum may be beyond the type.
-        of_row = safe.reshape(safe.shape[: loss.ndim])
-        dots.append(-(loss.astype(wide) / of_row) * divisor_dot.reshape(of_row.shape))
+    # The factor's relative change: that of an undivided sum may be beyond the type.
+    changes = []
+    for name, dot in of_factor.items():
+        base = named[name.removesuffix("_low")]
+        changes.append((1 if name == "scale" else -1) * dot / jnp.where(base == 0, 1, base))
+    if changes:
+        change = _add(changes)
+        dots.append(loss.astype(wide) * change.reshape(change.shape[: loss.ndim]))
     loss_dot = _add(dots).astype(loss.dtype)
     if kind == "loss":
         return [loss], [loss_dot]
@@ -196,9 +200,9 @@ def _jvp(
         terms.append(hessian * logits_dot)
     if by_others is not None:
         terms.append(by_others[1])
-    if divisor_dot is not None:
-        of_divisor = divided(element.weighted(element_gradient(element))) / safe
-        terms.append(-element.select(of_divisor) * divisor_dot)
+    if changes:
+        gradients = element.select(divided(element.weighted(element_gradient(element))))
+        terms.append(gradients * _add(changes))
     gradient_dot = jnp.broadcast_to(_add(terms), shape).astype(gradient.dtype)
     return outputs, [loss_dot, gradient_dot]
 

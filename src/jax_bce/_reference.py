@@ -385,7 +385,9 @@ def divide(
     if divisor is not None:
         by = of_result(divisor)
         drops = drops | (by == 0)
-        values = values / jnp.where(by == 0, 1, by)
+        # Of a constant XLA would take the reciprocal, and flush that of a large one: this is none.
+        by = jnp.where(jnp.isnan(values), np.nan, jnp.where(by == 0, 1, by))
+        values = values / by
     return jnp.where(drops, 0, values)
 
 
