@@ -13,8 +13,10 @@ from jax.lax import stop_gradient
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce import _check
+from jax_bce._alignment import fixes, fixes_of_labels, spelled
 from jax_bce._call import MODIFIERS
 from jax_bce._callers import refuse_keras
+from jax_bce._operands import FLOATS, known, operand, ranged, typed
 from jax_bce._primitive import bce, missing, vary_alike
 from jax_bce._reference import (
     Elements,
@@ -25,10 +27,12 @@ from jax_bce._reference import (
     sum_trailing,
 )
 
-_LOGITS = ("float16", "bfloat16", "float32", "float64")
-_LABELS = (*_LOGITS, "bool", "int8", "uint8", "int16", "int32", "int64")
 _REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
-_TO_FLOAT = "use probs.astype(jnp.float32)"
+_SCORES = {
+    "logits": "logits come first, labels second; pass the model's raw scores before the sigmoid, "
+    "or logits.astype(jnp.float32)",
+    "probs": "probs come first, labels second; or use probs.astype(jnp.float32)",
+}
 IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
 
 
@@ -47,10 +51,25 @@ class Keywords(TypedDict, total=False):
     implementation: str | None
 
 
+_RESIDUALS = "residuals is an option of jax_bce.loss alone"
+_INSTEAD = {  # of keywords of `loss` that a relative does not take
+    ("focal_loss", "pos_weight"): "alpha is the weight of the positive class",
+    ("asymmetric_loss", "pos_weight"): (
+        "weight=jnp.where(labels == 1, pos_weight, 1) does that; gamma_neg and gamma_pos, or alpha "
+        "of focal_loss, are other ways to treat the classes apart"
+    ),
+    ("loss_and_grad", "residuals"): _RESIDUALS,
+    ("focal_loss", "residuals"): _RESIDUALS,
+    ("asymmetric_loss", "residuals"): _RESIDUALS,
+    ("loss_from_probs", "residuals"): _RESIDUALS,
+}
+
+
 def only_known(function: str, keywords: Keywords) -> None:
     """Python's own error where keywords have a type, but no check."""
     for name in keywords.keys() - Keywords.__annotations__.keys():
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        hint = f": {_INSTEAD[function, name]}." if (function, name) in _INSTEAD else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 class Call(NamedTuple):
@@ -87,7 +106,8 @@ class Call(NamedTuple):
 
     def of_class(self, name: str, value: ArrayLike) -> Array:
         """A number, or one for each class, as an operand of the arithmetic's type."""
-        array = _trailing(name, _operand(name, value), self.shape)
+        ranged(name, value)
+        array = _trailing(name, value, self.shape)
         array = array.astype(self.operands[2].dtype)
         return _move(array, self.axes, _last(self.axes, array.ndim))
 
@@ -112,21 +132,9 @@ def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or found.name not in _LOGITS:
-        raise TypeError(f"dtype must be one of {list(_LOGITS)}, got {dtype!r}.")
+    if found is None or found.name not in FLOATS:
+        raise TypeError(f"dtype must be one of {list(FLOATS)}, got {dtype!r}.")
     return found
-
-
-def _array(name: str, value: ArrayLike) -> Array:
-    if isinstance(value, Array):
-        return value
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TypeError(
-            f"{name} must be an array of numbers, got {type(value).__name__}: {reason}"
-        ) from error
 
 
 def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -148,65 +156,31 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
 
 
 def _smoothing(value: ArrayLike, rank: int, wide: np.dtype) -> Array:
-    """The share s, which is checked unless it is traced."""
-    known = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
-    fits = known is None or (known.dtype.kind in "bfiuV" and known.ndim == 0 and 0 <= known <= 1)
-    if not fits or jnp.ndim(value):
-        raise ValueError(f"label_smoothing must be one number from 0 to 1, got {value!r}.")
-    return jnp.asarray(value, wide).reshape((1,) * rank)
+    """The share s."""
+    array = operand("label_smoothing", ranged("label_smoothing", value))
+    if array.ndim:
+        raise ValueError(f"label_smoothing must be one number, got shape {array.shape}.")
+    return array.astype(wide).reshape((1,) * rank)
 
 
-def _mend_labels(labels: Array, logits: Array, name: str) -> str:
-    """What to do about labels of another shape."""
-    if [d for d in logits.shape if d != 1] == [d for d in labels.shape if d != 1]:
-        return f"reshape one to the other, for example labels.reshape({name}.shape)"
-    if labels.shape == logits.shape[:-1] and not jnp.issubdtype(labels.dtype, jnp.floating):
-        return f"for class indices, jax.nn.one_hot(labels, {logits.shape[-1]})"
-    try:
-        fits = jnp.broadcast_shapes(labels.shape, logits.shape) == logits.shape
-    except ValueError:
-        fits = False
-    if fits:
-        return f"to use them for several {name}, jnp.broadcast_to(labels, {name}.shape)"
-    return "pass one label for each logit, or one scalar label for all"
-
-
-def _operand(
-    name: str, value: ArrayLike, dtypes: Sequence[str] = _LABELS, mend: str | None = None
-) -> Array:
-    """An array of one of the dtypes, in the device's memory."""
-    array = _array(name, value)
-    if array.dtype.name not in dtypes:
-        nearest = "int32" if jnp.issubdtype(array.dtype, jnp.integer) else "float32"
-        mend = mend or f"use {name}.astype(jnp.{nearest})"
-        raise TypeError(f"{name} must be one of {list(dtypes)}, got {array.dtype.name}: {mend}.")
-    space = getattr(jax.typeof(array), "memory_space", None)
-    if space and space.name == "Host":
-        raise ValueError(
-            f"{name} are in the host's memory: move them to the device's first, "
-            f"jax.device_put({name}, jax.memory.Space.Device)."
-        )
-    return array
-
-
-def _trailing(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
     """As NumPy broadcasts it to the logits' shape."""
+    array = operand(name, value)
     aligned = (1,) * (len(shape) - array.ndim) + array.shape
-    if len(aligned) != len(shape) or any(
-        own not in (1, size) for own, size in zip(aligned, shape, strict=True)
-    ):
-        hint = "one number, or one for each of the last axis"
-        if array.shape == shape[: array.ndim] and array.ndim:
-            ones = ", ".join([":"] * array.ndim + ["None"] * (len(shape) - array.ndim))
-            hint = f"for one number a sample, {name}[{ones}]"
-            hint += " or sample_weight" if name == "weight" else ""
+    if len(aligned) != len(shape) or not _broadcasts(aligned, shape):
+        hint = fixes(spelled(name, value), array.shape, shape)
         raise ValueError(
-            f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: {hint}."
+            f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: "
+            f"{hint or 'one number, or one for each of the last axis'}."
         )
     return array.reshape(aligned)
 
 
-def _leading(name: str, array: Array, shape: tuple[int, ...], mend: str) -> Array:
+def _broadcasts(own: Sequence[int], shape: Sequence[int]) -> bool:
+    return all(size in (1, whole) for size, whole in zip(own, shape, strict=True))
+
+
+def _leading(name: str, array: Array, shape: tuple[int, ...], hint: str) -> Array:
     """One for each index of the first axes, or, then with sizes of 1 behind them, of all."""
     own = array.shape
     fits = len(own) <= len(shape)
@@ -216,15 +190,23 @@ def _leading(name: str, array: Array, shape: tuple[int, ...], mend: str) -> Arra
     if not fits:
         raise ValueError(
             f"{name} of shape {own} is not one for each index of the first axes of logits of shape "
-            f"{shape}: {mend}."
+            f"{shape}: {hint or f'pass shape {shape[:1]}, or as many of {shape} as it has axes'}."
         )
     return array.reshape(own + (1,) * (len(shape) - len(own)))
 
 
-def _mend_sample_weight(array: Array, shape: tuple[int, ...]) -> str:
-    if array.ndim == 1 and shape and array.shape[0] == shape[-1]:
-        return "for one number a class, use weight"
-    return f"pass shape {shape[:1]}, or as many of {shape} as it has axes"
+def _sample_weight(value: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = operand("sample_weight", value)
+    name = spelled("sample_weight", value)
+    return _leading("sample_weight", array, shape, fixes(name, array.shape, shape, fix="weight={}"))
+
+
+def _where(value: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = operand("where", value, ("bool",), "compare, where > 0, or use where.astype(bool)")
+    if array.ndim == len(shape) and _broadcasts(array.shape, shape):
+        return array
+    hint = fixes(spelled("where", value), array.shape, shape, full=True)
+    return _leading("where", array, shape, hint)
 
 
 def _holds(dtype: np.dtype, number: float) -> bool:
@@ -235,33 +217,40 @@ def _holds(dtype: np.dtype, number: float) -> bool:
 
 
 def _ignored(value: ArrayLike, labels: Array) -> Array:
-    """The label to ignore, which is checked unless it is traced, in the labels' dtype."""
-    given = _array("ignore_label", value)
+    """The label to ignore, in the labels' dtype, which must hold it."""
+    given = typed("ignore_label", value)
     if given.ndim:
         raise ValueError(f"ignore_label must be one number, got shape {given.shape}.")
-    if not isinstance(value, jax.core.Tracer):
-        label = float(np.asarray(value))
+    number = known(given)
+    if number is not None:
+        label = float(number)
         integers = labels.dtype == bool or jnp.issubdtype(labels.dtype, jnp.integer)
         if np.isnan(label) or (integers and not _holds(labels.dtype, label)):
             dtypes = (name for name in ("int8", "int16", "int32") if _holds(np.dtype(name), label))
-            mend = f"store them as jnp.{next(dtypes, 'float32')} from the start, or mask with where"
+            fix = f"store them as jnp.{next(dtypes, 'float32')} from the start, or mask with where"
             raise ValueError(
-                f"ignore_label={value!r} cannot be among labels of dtype {labels.dtype.name}: "
-                f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else mend}."
+                f"ignore_label={number[()]} cannot be among labels of dtype {labels.dtype.name}: "
+                f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else fix}."
             )
-    return stop_gradient(given.astype(labels.dtype))
+    return stop_gradient(operand("ignore_label", given).astype(labels.dtype))
+
+
+def _like_result(value: ArrayLike, own: tuple[int, ...], kept: tuple[int, ...]) -> str:
+    fix = f"jnp.broadcast_to({{}}, {kept})"
+    hint = fixes(spelled("normalizer", value), own, kept, fix=fix, of="result")
+    return hint and f": {hint}"
 
 
 def _divisor(
     value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...], wide: np.dtype
 ) -> tuple[Array, Array]:
     """The normalizer, which is one number or one for each that the result has."""
-    array = _operand("normalizer", value)
+    array = operand("normalizer", value)
     kept = tuple(size for a, size in enumerate(shape) if a not in axes)
     if array.ndim and array.shape != kept:
         raise ValueError(
             f"normalizer of shape {array.shape} must be one number, or have the result's shape "
-            f"{kept}."
+            f"{kept}{_like_result(value, array.shape, kept)}."
         )
     own = tuple(1 if a in axes or not array.ndim else size for a, size in enumerate(shape))
     return _parts(array.reshape(own), wide)
@@ -336,14 +325,13 @@ def prepare(
     one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
         raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
-    scores = "pass the model's raw scores before the sigmoid, or logits.astype(jnp.float32)"
-    x = _operand(name, logits, _LOGITS, scores if name == "logits" else _TO_FLOAT)
-    y = _operand("labels", labels)
+    x = operand(name, logits, FLOATS, _SCORES[name])
+    y = operand("labels", labels)
     shape = x.shape
     if y.ndim and y.shape != shape:
         raise ValueError(
             f"labels of shape {y.shape} do not match {name} of shape {shape}: "
-            f"{_mend_labels(y, x, name)}."
+            f"{fixes_of_labels(spelled('labels', labels), y, shape, name)}."
         )
     if reduction == "none":
         for option, value in (("axis", axis), ("normalizer", normalizer)):
@@ -360,16 +348,11 @@ def prepare(
     modifiers: dict[str, Array] = {}
     for option, value in (("weight", weight), ("pos_weight", pos_weight)):
         if value is not None:
-            array = _operand(option, value)
-            modifiers[option] = _trailing(option, array, shape)
+            modifiers[option] = _trailing(option, value, shape)
     if sample_weight is not None:
-        array = _operand("sample_weight", sample_weight)
-        mend = _mend_sample_weight(array, shape)
-        modifiers["sample_weight"] = _leading("sample_weight", array, shape, mend)
+        modifiers["sample_weight"] = _sample_weight(sample_weight, shape)
     if where is not None:
-        array = _operand("where", where, ("bool",), "compare, where > 0, or use where.astype(bool)")
-        mend = f"for one a class, jnp.broadcast_to(where, {shape})"
-        modifiers["where"] = _leading("where", array, shape, mend)
+        modifiers["where"] = _where(where, shape)
     if ignore_label is not None:
         modifiers["ignore_label"] = _ignored(ignore_label, y).reshape((1,) * x.ndim)
     modifiers = {option: modifiers[option] for option in MODIFIERS if option in modifiers}

@@ -5,21 +5,21 @@ Weights, masks, reductions, denominators and types are those of `loss`, by the s
 
 from typing import Unpack
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce import _reference
 from jax_bce._arguments import IMPLEMENTATIONS, Keywords, one_of, only_known, prepare
 from jax_bce._loss import loss
+from jax_bce._operands import known, ranged
 from jax_bce._primitive import bce
 
 
-def _is_zero(value: ArrayLike) -> bool:
+def _is_zero(name: str, value: ArrayLike) -> bool:
     """Whether this is the number 0, which a traced number is not known to be."""
-    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(value == 0)
+    number = known(ranged(name, value))
+    return number is not None and number.ndim == 0 and bool(number == 0)
 
 
 def _only_xla(name: str, keywords: Keywords) -> None:
@@ -79,7 +79,7 @@ def focal_loss(
       [0.02265805 0.70186836]
     """
     only_known("focal_loss", keywords)
-    if alpha is None and _is_zero(gamma):
+    if alpha is None and _is_zero("gamma", gamma):
         return loss(logits, labels, **keywords)
     _only_xla("focal_loss", keywords)
     call = prepare(logits, labels, **keywords)
@@ -141,7 +141,8 @@ def asymmetric_loss(
       [0.24586026 0.08424903 0.        ]
     """
     only_known("asymmetric_loss", keywords)
-    if all(map(_is_zero, (gamma_neg, gamma_pos, clip))):
+    numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
+    if all(_is_zero(name, value) for name, value in numbers.items()):
         return loss(logits, labels, **keywords)
     _only_xla("asymmetric_loss", keywords)
     call = prepare(logits, labels, **keywords)

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 import jax_bce
 from jax_bce._callers import caller, renamed
+from jax_bce._operands import ranged, unwrapped
 
 _REMEDY = "set KERAS_BACKEND=jax in the environment before Keras is imported for the first time."
 try:
@@ -153,12 +154,14 @@ def binary_focal_crossentropy(
     with renamed(**_NAMES):  # before any arithmetic, which would fail in words of its own
         jax.eval_shape(partial(jax_bce.loss_from_probs, **keywords), x, y)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    p, smoothed = x.astype(wide), y.astype(wide) * (1 - label_smoothing) + label_smoothing / 2
-    wrong, power = smoothed * (1 - p) + (1 - smoothed) * p, jnp.asarray(gamma, wide)
+    p, share = x.astype(wide), _number("label_smoothing", label_smoothing, wide)
+    smoothed = y.astype(wide) * (1 - share) + share / 2
+    wrong, power = smoothed * (1 - p) + (1 - smoothed) * p, _number("gamma", gamma, wide)
     steep = (wrong == 0) & (power < 1)  # where the derivative of the power is infinite: 0 here
     weight = jnp.where(steep, power == 0, jnp.where(steep, 1, wrong) ** power)
     if apply_class_balancing:
-        weight *= smoothed * alpha + (1 - smoothed) * (1 - alpha)
+        balance = _number("alpha", alpha, wide)
+        weight *= smoothed * balance + (1 - smoothed) * (1 - balance)
     return jax_bce.loss_from_probs(x, y, weight=weight, **keywords)
 
 
@@ -169,11 +172,21 @@ def _arguments(
     axis: int | Sequence[int] | None,
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Labels as they are, predictions as numbers that have a derivative, and common keywords."""
-    y, x = keras.ops.convert_to_tensor(y_true), keras.ops.convert_to_tensor(y_pred)
+    y, x = _tensor("y_true", y_true), _tensor("y_pred", y_pred)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(keras.config.floatx())
     keywords = {"label_smoothing": label_smoothing, "axis": axis, "dtype": x.dtype}
     return y, x, keywords | {"reduction": "mean"}
+
+
+def _tensor(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
+    """As Keras converts it, but nothing that is no dense array of numbers."""
+    tensor: Array = keras.ops.convert_to_tensor(unwrapped(name, value), dtype)
+    return tensor
+
+
+def _number(name: str, value: ArrayLike, dtype: DTypeLike) -> Array:
+    return jnp.asarray(ranged(name, value), dtype)
 
 
 @cache
@@ -200,11 +213,11 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
         wide = jnp.promote_types(self.dtype, jnp.float32)
         kept = _Mask(reduction="none")([1.0], y_pred) != 0
         y, x = _same_rank(
-            keras.ops.convert_to_tensor(y_true),
-            keras.ops.convert_to_tensor(y_pred, dtype=self.dtype).astype(wide),
+            _tensor("y_true", y_true),
+            _tensor("y_pred", y_pred, self.dtype).astype(wide),
         )
         losses = self.call(_select(kept, y), _select(kept, x))
-        weight = keras.ops.convert_to_tensor(1 if sample_weight is None else sample_weight, wide)
+        weight = _tensor("sample_weight", 1 if sample_weight is None else sample_weight, wide)
         self._fits(*_same_rank(losses, weight))
         kept, weight = _same_rank(kept, weight)
         losses, weight = _same_rank(losses, jnp.where(kept, weight, 0))

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce._loss import loss
+from jax_bce._operands import operand
 from jax_bce._relatives import focal_loss
 
 
@@ -97,7 +98,7 @@ def sigmoid_focal_loss(
 
 def _broadcast(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """Of one shape, but for one label for all, which is read in place."""
-    x, y = jnp.asarray(logits), jnp.asarray(labels)
+    x, y = operand("logits", logits), operand("labels", labels)
     if y.ndim:
         x, y = jnp.broadcast_arrays(x, y)
     return x, y

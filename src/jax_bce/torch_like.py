@@ -5,7 +5,6 @@ They take JAX arrays, and import neither. A result has the input's dtype, reduce
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -13,6 +12,7 @@ from jax.typing import ArrayLike
 from jax_bce._arguments import one_of
 from jax_bce._callers import renamed
 from jax_bce._loss import loss
+from jax_bce._operands import known, operand, typed
 from jax_bce._relatives import focal_loss, loss_from_probs
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -219,7 +219,7 @@ class BCELoss:
 def sigmoid_focal_loss(
     inputs: ArrayLike,
     targets: ArrayLike,
-    alpha: float | Array = 0.25,
+    alpha: ArrayLike | None = 0.25,
     gamma: ArrayLike = 2,
     reduction: str = "none",
 ) -> Array:
@@ -239,8 +239,8 @@ def sigmoid_focal_loss(
     Args:
       inputs: as input of `binary_cross_entropy_with_logits`.
       targets: of inputs' shape.
-      alpha: the weight of the positive class; below 0 there is none, as long as alpha is not
-        traced: a traced alpha is taken at its value.
+      alpha: the weight of the positive class; below 0, or None, there is none, as long as alpha is
+        not traced: a traced alpha is taken at its value.
       gamma: the exponent; 0 leaves the binary cross-entropy.
       reduction: "none", "mean" or "sum".
 
@@ -264,16 +264,22 @@ def sigmoid_focal_loss(
     """
     one_of("reduction", reduction, _REDUCTIONS)
     x, y = _of_one_shape(inputs=inputs, targets=targets)
-    weighted = isinstance(alpha, jax.core.Tracer) or alpha >= 0
+    weighted = alpha is not None and not _is_negative(alpha)
     with renamed(logits="inputs", labels="targets"):
         return focal_loss(
             x, y, alpha=alpha if weighted else None, gamma=gamma, reduction=reduction, dtype=x.dtype
         )
 
 
+def _is_negative(alpha: ArrayLike) -> bool:
+    """Whether this is a number below 0, which a traced one is not known to be."""
+    number = known(typed("alpha", alpha))
+    return number is not None and number.ndim == 0 and bool(number < 0)
+
+
 def _of_one_shape(**operands: ArrayLike) -> tuple[Array, Array]:
     """Two arrays, or an error with the names that PyTorch gives them."""
-    (one, x), (other, y) = ((name, jnp.asarray(value)) for name, value in operands.items())
+    (one, x), (other, y) = ((name, operand(name, value)) for name, value in operands.items())
     if x.shape != y.shape:
         raise ValueError(
             f"{other} of shape {y.shape} does not match {one} of shape {x.shape}: "

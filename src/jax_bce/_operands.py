@@ -1,0 +1,228 @@
+"""The one way in: what a user passes as an array or a number, or why not and what to pass instead.
+
+A value that is known stays a NumPy array until `operand`: under jit, jnp.asarray would trace it,
+and its range could not be checked.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+NUMBERS = (*FLOATS, "bool", "int8", "uint8", "int16", "int32", "int64")
+_PYTHON = (bool, int, float, complex, np.generic)
+_MISSING = ("NoneType", "NAType", "NaTType")
+
+
+def unwrapped(name: str, value: ArrayLike) -> Array | np.ndarray:
+    """The array that a value is, wraps or holds: JAX's, traced or not, or NumPy's."""
+    if isinstance(value, Array):
+        return value
+    if hasattr(value, "__jax_array__"):
+        return unwrapped(name, value.__jax_array__())
+    if isinstance(value, list | tuple | range):
+        return _stacked(name, value)
+    problem = _problem(name, value)
+    if not problem:
+        try:
+            return np.asarray(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            problem = str(error).partition("\n")[0].rstrip(".")
+            if hasattr(value, "detach"):  # a tensor of PyTorch
+                problem = f"use jnp.from_dlpack({name}.detach())"
+    raise _no_numbers(name, type(value).__name__, problem)
+
+
+def _no_numbers(name: str, what: str, problem: str) -> TypeError:
+    return TypeError(f"{name} must be an array of numbers, got {what}: {problem}.")
+
+
+def _stacked(name: str, values: Sequence[Any]) -> Array | np.ndarray:
+    """A list of numbers, or of anything else that is let in."""
+    if all(isinstance(value, _PYTHON) for value in values):
+        return np.asarray(values)
+    parts = [unwrapped(name, value) for value in values]
+    shapes = dict.fromkeys(str(part.shape) for part in parts)
+    if len(shapes) > 1:
+        raise ValueError(f"{name} is a list of {' and '.join(shapes)}: pass arrays of one shape.")
+    if any(isinstance(part, jax.core.Tracer) for part in parts):
+        return jnp.stack([jnp.asarray(part) for part in parts])
+    return np.stack([np.asarray(part) for part in parts])
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What NumPy would convert wrongly, slowly or not at all, and what to do about it."""
+    for method in ("toarray", "todense"):  # of SciPy, and of jax.experimental.sparse
+        if hasattr(value, method):
+            return f"it is sparse, use {name}.{method}()"
+    if getattr(value, "is_sparse", False) is True:
+        return f"it is sparse, use {name}.to_dense()"
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        return f"some are masked, use {name}.filled(0) with where=~{name}.mask"
+    if _has_missing(value):
+        return _fill(name)
+    if isinstance(value, dict) and value:
+        return f"pass one of its values, such as {name}[{next(iter(value))!r}]"
+    if value is None:
+        return "pass numbers"
+    if isinstance(value, (np.ndarray, *_PYTHON)) or hasattr(value, "__array__"):
+        return None
+    try:
+        memoryview(value)
+    except TypeError:
+        return f"pass numbers, such as np.array({name}, np.float32) if it can be converted"
+    return None
+
+
+def _has_missing(value: Any) -> bool:
+    """Whether a column of pandas, Polars or Arrow has missing values, which NumPy makes NaN."""
+    if hasattr(value, "null_count"):
+        count = value.null_count
+        return bool(np.any(np.asarray(count() if callable(count) else count)))
+    dtypes = getattr(value, "dtypes", getattr(value, "dtype", None))
+    extended = any(hasattr(dtype, "na_value") for dtype in np.ravel(np.asarray(dtypes, object)))
+    return extended and hasattr(value, "isna") and bool(np.any(np.asarray(value.isna())))
+
+
+def _fill(name: str) -> str:
+    marked = ", for example labels.fillna(-1) with ignore_label=-1" if name == "labels" else ""
+    return f"some are missing, fill them or drop their rows{marked}"
+
+
+def known(array: Array | np.ndarray) -> np.ndarray | None:
+    """The numbers, unless they are traced, or lie in part with other processes."""
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return None
+    return np.asarray(array)
+
+
+def typed(
+    name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
+) -> Array | np.ndarray:
+    """What `unwrapped` returns, of one of the dtypes; the fix is for other real numbers."""
+    array = unwrapped(name, value)
+    dtype = array.dtype
+    native = getattr(dtype, "isnative", True)
+    if dtype.name in dtypes and native:
+        return array
+    if dtype.name != "bool" and not jnp.issubdtype(dtype, jnp.number):
+        what = f"{type(array).__name__} of dtype {dtype.name}"
+        raise _no_numbers(name, what, _fix_of_no_numbers(name, array, dtypes))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        fix = f"use {name}.real or abs({name})"
+    elif not native and dtype.newbyteorder("=").name in NUMBERS:
+        fix = f"use {name}.astype(jnp.{dtype.newbyteorder('=').name})"
+    elif fix is None:
+        fix = f"use {name}.astype(jnp.{_nearest(dtype)})"
+    got = dtype.name if native else dtype.str
+    raise TypeError(f"{name} must be one of {list(dtypes)}, got {got}: {fix}.")
+
+
+def _nearest(dtype: np.dtype) -> str:
+    """The dtype that holds another one's numbers, or rounds them."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return {1: "int8", 2: "int32"}.get(dtype.itemsize, "float32")
+    return "float64" if dtype.itemsize > 8 else "float32"
+
+
+def _fix_of_no_numbers(name: str, array: Any, dtypes: Sequence[str]) -> str:
+    """What to do about text, objects, dates and records."""
+    if array.dtype.names:
+        return f"pass one of its fields, such as {name}[{array.dtype.names[0]!r}]"
+    entries = array.ravel().tolist() if array.dtype.kind in "OUST" else []
+    if any(type(entry).__name__ in _MISSING or entry is np.nan for entry in entries):
+        return _fill(name)
+    try:
+        [float(entry) for entry in entries]
+    except (TypeError, ValueError):
+        entries = []
+    if not entries:
+        compare = ", or compare, such as labels == 'yes'" if name == "labels" else ""
+        return f"pass numbers{compare}"
+    return f"use {name}.astype({'bool' if dtypes == ('bool',) else 'jnp.float32'})"
+
+
+def operand(
+    name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
+) -> Array:
+    """What `typed` returns, as an array of JAX in the device's memory."""
+    array = typed(name, value, dtypes, fix)
+    if not isinstance(array, Array):
+        _holds_in_jax(name, array)
+        array = jnp.asarray(array)
+    space = getattr(jax.typeof(array), "memory_space", None)
+    if space and space.name == "Host":
+        raise ValueError(
+            f"{name} are in the host's memory: move them to the device's first, "
+            f"jax.device_put({name}, jax.memory.Space.Device)."
+        )
+    return array
+
+
+def _holds_in_jax(name: str, array: np.ndarray) -> None:
+    """An error where JAX would keep no more than the last 32 bits of an integer."""
+    if array.dtype != np.int64 or jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return
+    info = np.iinfo(np.int32)
+    for number in (array.min(initial=0), array.max(initial=0)):
+        if not info.min <= number <= info.max:
+            raise ValueError(
+                f"{name} holds {number}, and JAX keeps integers in 32 bits: use "
+                f"np.float32({name}), or jax.enable_x64(True)."
+            )
+
+
+class _Range(NamedTuple):
+    text: str
+    holds: Callable[[np.ndarray], np.ndarray]
+    fix: str
+
+
+def _not_negative(fix: str) -> _Range:
+    return _Range("finite and at least 0", lambda v: (v >= 0) & np.isfinite(v), fix)
+
+
+_RANGES = {
+    "label_smoothing": _Range(
+        "from 0 to 1", lambda v: (v >= 0) & (v <= 1), "label_smoothing=0 leaves labels as they are"
+    ),
+    "alpha": _Range(
+        "from 0 to 1", lambda v: (v >= 0) & (v <= 1), "alpha=None weights neither class"
+    ),
+    "gamma": _not_negative("gamma=0 is the cross-entropy"),
+    "gamma_neg": _not_negative("gamma_neg=0 leaves negatives as they are"),
+    "gamma_pos": _not_negative("gamma_pos=0 leaves positives as they are"),
+    "clip": _Range(
+        "at least 0 and below 1", lambda v: (v >= 0) & (v < 1), "clip=0 drops no negatives"
+    ),
+    "epsilon": _Range(
+        "at least 0 and below 0.5", lambda v: (v >= 0) & (v < 0.5), "epsilon=None clips nothing"
+    ),
+    "log_epsilon": _not_negative("log_epsilon=0 adds nothing"),
+    "hess_floor": _not_negative("hess_floor=0 is no floor"),
+}
+
+
+def ranged(name: str, value: ArrayLike) -> Array | np.ndarray:
+    """A number, or several, in the range that its name has, which is checked where it is known."""
+    text, holds, fix = _RANGES[name]
+    if value is None:
+        raise TypeError(f"{name} must be a number, {text}, got None: {fix}.")
+    array = typed(name, value)
+    if array.dtype == bool:
+        raise TypeError(f"{name} must be a number, {text}, got bool: {fix}.")
+    numbers = known(array)
+    if numbers is not None:
+        outside = np.argwhere(~holds(numbers.astype(np.float64)))
+        if len(outside):
+            at = tuple(map(int, outside[0]))
+            where = f" at {list(at)}" if at else ""
+            raise ValueError(f"{name} must be {text}, got {numbers[at]}{where}: {fix}.")
+    return array
