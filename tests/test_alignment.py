@@ -94,7 +94,7 @@ def operand_of(name: str, own: tuple[int, ...]) -> np.ndarray:
     return numbers % 3 != 1 if name == "where" else (numbers + 1) / 128
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(misaligned(tuple(FUNCTIONS)))
 @example(((2, 2, 3, 3), "where", (2, 3, 3), (0, 2, 3)))
 @example(((2, 2, 3, 3), "where", (2, 3, 3), (1, 2, 3)))
@@ -181,7 +181,7 @@ def test_channels_last_labels_are_told_to_move_their_axes() -> None:
     message = message_of(lambda: call("loss", (2, 3, 4, 5), labels=labels))
     (code,) = re.findall(r"jnp\.transpose\(labels, \([\d, ]+\)\)", message)
     fixed = eval(code, SCOPE | {"labels": labels})
-    oracle.assert_same_bits(np.asarray(fixed), np.moveaxis(labels, -1, 1).astype(np.int32))
+    oracle.assert_same_bits(fixed, np.moveaxis(labels, -1, 1))
     square = message_of(lambda: call("loss", (2, 3, 4, 4), labels=np.zeros((2, 4, 4, 3), int)))
     assert re.findall(r"\([\d, ]{10}\)", square.partition(": ")[2]) == [
         "(0, 3, 1, 2)",

@@ -5,7 +5,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array

@@ -61,10 +61,10 @@ def loss(
       label_smoothing: s in [0, 1], which is checked unless it is traced; a label y becomes
         y (1 - s) + s / 2, before pos_weight, and neither that nor its complement is rounded before
         it is used.
-      where: bool, aligned as sample_weight is, or of the logits' shape. What is False does not
-        exist: whatever its logit, label and weights are, also NaN, nothing of them is seen, and
-        their gradients are 0. (A model that made NaN of NaN multiplies those zeros by NaN: put
-        numbers into what it reads.)
+      where: bool, aligned as sample_weight is, or with as many axes as the logits, of their size or
+        1. What is False does not exist: whatever its logit, label and weights are, also NaN,
+        nothing of them is seen, and their gradients are 0. (A model that made NaN of NaN multiplies
+        those zeros by NaN: put numbers into what it reads.)
       ignore_label: elements whose label, before smoothing, is this number do not exist either.
       reduction: "mean", the sum divided by the number of elements that exist; "weighted_mean",
         divided by the sum of their weight and sample_weight; "sum"; or "none". Sums are accumulated
@@ -72,7 +72,7 @@ def loss(
       axis: the axes to reduce; None reduces all. Trailing axes are read in place, others are
         transposed first.
       normalizer: the denominator instead of the reduction's; a number, or one for each number of
-        the result.
+        the result. Like weights, it has no range that is checked: a negative one negates.
       dtype: of the result. None: float32 (float64 for float64 logits) for a reduced loss, the
         logits' dtype for reduction="none".
       residuals: what is kept for the backward pass. "gradient": the gradient, computed together

@@ -117,9 +117,9 @@ def typed(
         raise _no_numbers(name, what, _fix_of_no_numbers(name, array, dtypes))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         fix = f"use {name}.real or abs({name})"
-    elif not native and dtype.newbyteorder("=").name in NUMBERS:
+    elif not native and dtype.newbyteorder("=").name in dtypes:
         fix = f"use {name}.astype(jnp.{dtype.newbyteorder('=').name})"
-    elif fix is None:
+    elif fix is None or dtype.itemsize > 8:
         fix = f"use {name}.astype(jnp.{_nearest(dtype)})"
     got = dtype.name if native else dtype.str
     raise TypeError(f"{name} must be one of {list(dtypes)}, got {got}: {fix}.")
@@ -132,8 +132,10 @@ def _nearest(dtype: np.dtype) -> str:
     return "float64" if dtype.itemsize > 8 else "float32"
 
 
-def _fix_of_no_numbers(name: str, array: Any, dtypes: Sequence[str]) -> str:
-    """What to do about text, objects, dates and records."""
+def _fix_of_no_numbers(name: str, array: Array | np.ndarray, dtypes: Sequence[str]) -> str:
+    """What to do about text, objects, dates, records and keys."""
+    if isinstance(array, Array):
+        return "pass numbers"
     if array.dtype.names:
         return f"pass one of its fields, such as {name}[{array.dtype.names[0]!r}]"
     entries = array.ravel().tolist() if array.dtype.kind in "OUST" else []
@@ -224,5 +226,5 @@ def ranged(name: str, value: ArrayLike) -> Array | np.ndarray:
         if len(outside):
             at = tuple(map(int, outside[0]))
             where = f" at {list(at)}" if at else ""
-            raise ValueError(f"{name} must be {text}, got {numbers[at]}{where}: {fix}.")
+            raise ValueError(f"{name} must be {text}, got {numbers[at]!s}{where}: {fix}.")
     return array

@@ -5,6 +5,7 @@ They take JAX arrays, and import neither. A result has the input's dtype, reduce
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
