@@ -1,13 +1,14 @@
-"""What weights, masks and the related losses cost on a CPU, in one run.
+"""What weights, masks, short rows and the related losses cost on a CPU, in one run.
 
-    python benchmarks/options.py --rows 4096 --columns 8192 --seconds 30
+    python benchmarks/options.py --rows 4096 --columns 8192 --short-rows 1048576 --seconds 30
 
 `value_and_grad` of the mean of float32 logits with uint8 labels, compiled. Every round takes one
 sample of every case, in a rotating order; reported are medians, and the median over the rounds of
-the ratio to the case that each is compared with. `temporary` is what XLA sets aside beside operands
-and results. Memory is what a program gets by default (`bench.py`: "fresh"). Where a process keeps
-its memory, XLA reuses that of a program that is one call alone, and of no other: the unweighted
-call would be compared with page faults.
+the ratio to the case that each is compared with. A second table has many rows of two logits, with
+what each row may have of its own, by the kernel and by XLA. `temporary` is what XLA sets aside
+beside operands and results. Memory is what a program gets by default (`bench.py`: "fresh"). Where a
+process keeps its memory, XLA reuses that of a program that is one call alone, and of no other: the
+unweighted call would be compared with page faults.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -65,6 +67,49 @@ def cases(rows: int, columns: int) -> dict[str, Case]:
     }
 
 
+def by_rows(factor: jax.Array, **keywords) -> Callable[..., jax.Array]:
+    """The sum of the losses of all rows, each times a number of its own."""
+
+    def function(logits, labels, implementation=None, **arrays):
+        losses = jax_bce.loss(
+            logits, labels, axis=-1, implementation=implementation, **keywords, **arrays
+        )
+        return jnp.dot(losses, factor)
+
+    return function
+
+
+def of_short_rows(rows: int) -> dict[str, Case]:
+    """What a row may have of its own."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    factor = jax.random.uniform(keys[0], rows, minval=0.5)
+    row_mask = jax.random.bernoulli(keys[1], 0.9, rows)
+    mask = jax.random.bernoulli(keys[2], 0.9, (rows, 2))
+    plain, own = "rows of 2", by_rows(factor)
+
+    def shared(logits, labels, implementation=None):
+        """Labels that vmap does not map."""
+        logits = logits.reshape(-1, 1024, 2)
+        mapped = jax.vmap(
+            lambda x: jax_bce.loss(x, labels[:1024], axis=-1, implementation=implementation)
+        )
+        return jnp.dot(mapped(logits).ravel(), factor)
+
+    found: dict[str, Case] = {
+        plain: (own, {}, plain),
+        "recompute": (by_rows(factor, residuals="recompute"), {}, plain),
+        "normalizer (B,)": (own, {"normalizer": 1 + factor}, plain),
+        "row mask": (own, {"where": row_mask}, plain),
+        "mask (B, 2)": (own, {"where": mask}, plain),
+        "vmap, shared labels": (shared, {}, plain),
+    }
+    by_xla = {
+        f"XLA: {name}": (partial(function, implementation="xla"), options, name)
+        for name, (function, options, _) in found.items()
+    }
+    return found | by_xla
+
+
 def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
     """Pairs, each measured apart: what one sets free is a burden to the next."""
     both, focal = "pos_weight (C,), row mask", "focal_loss"
@@ -107,21 +152,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the options of jax_bce on this CPU")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=8192)
+    parser.add_argument("--short-rows", type=int, default=2**20)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
     shape = options.rows, options.columns
+    found = cases(*shape)
+    short = options.short_rows, 2
+    records = []
+    for title, size, groups in (
+        ("the mean", shape, [found, *peers(found)]),
+        ("rows of two", short, [of_short_rows(short[0])]),
+    ):
+        records += table_of(title, size, groups, options.seconds / 3)
+    if options.output:
+        options.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def table_of(
+    title: str, shape: tuple[int, int], groups: list[dict[str, Case]], seconds: float
+) -> list[dict]:
+    """Measures and prints groups of cases; returns a record for each."""
     logits = 4 * jax.random.normal(jax.random.key(1), shape)
     labels = jax.random.bernoulli(jax.random.key(2), 0.3, shape).astype(jnp.uint8)
-    table = Table(
-        title=f"value_and_grad of the mean, {shape[0]} x {shape[1]} float32, uint8 labels"
-    )
+    table = Table(title=f"value_and_grad of {title}, {shape[0]} x {shape[1]} float32, uint8 labels")
     for column in "", "ms", "times", "of", "temporary bytes":
         table.add_column(column, justify="left" if column in ("", "of") else "right")
     records = []
-    found = cases(*shape)
-    for group in found, *peers(found):
-        times, temporary = measure(group, logits, labels, options.seconds / 3)
+    for group in groups:
+        times, temporary = measure(group, logits, labels, seconds)
         for name, (_, _, base) in group.items():
             if base not in group:
                 continue
@@ -144,8 +203,7 @@ def main() -> None:
                 }
             )
     Console(width=110).print(table)
-    if options.output:
-        options.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
 
 
 if __name__ == "__main__":

@@ -174,19 +174,13 @@ class Check:
         actual: ArrayLike,
         exact: ArrayLike,
         what: str = "reduced loss",
-        *,
-        roundings: bool = False,
     ) -> None:
-        """Losses that add up elements, at the relative tolerance of a sum.
-
-        `roundings` says that a denominator was rounded, and its reciprocal.
-        """
+        """Losses that add up elements, at the relative tolerance of a sum."""
         __tracebackhide__ = True
         actual, exact = np.asarray(actual), np.asarray(exact)
         assert actual.shape == exact.shape
         tolerance = oracle.TOLERANCE[implementation]
         bound = tolerance.sum_float64 if actual.dtype == np.float64 else tolerance.sum
-        bound += oracle.DIVISOR * float(np.finfo(actual.dtype).eps) * roundings
         worst = oracle.relative_error(actual, exact).max(initial=0.0)
         name = (
             f"{what}, {implementation}, {actual.dtype} [relative, allowed 2^{np.log2(bound):.3g}]"

@@ -90,9 +90,6 @@ TOLERANCE = {"cpu": _CONTRACT, "cuda": _CONTRACT, "xla": _XLA}
 
 # More ulp of the arithmetic's type, for a factor such as 1/N: it is rounded, and so is the product.
 FACTOR = 2.0
-# More, relative and in eps, for a denominator that is not a constant: a sum of weights by XLA, in
-# float32, its reciprocal, and the product.
-DIVISOR = 2.0
 # One rounding to nearest.
 ROUNDED = 0.5
 # More ulp of bfloat16, where a gradient is stored in it before its cotangent arrives.

@@ -90,7 +90,7 @@ def calls(draw: st.DrawFn) -> tuple:
         if form := draw(st.sampled_from([None, *forms])):
             operands[name] = rng.uniform(0.5, 2, form).astype(np.float32)
     masks = {}
-    if form := draw(st.sampled_from([None, (2,), (2, 1), SHAPE])):
+    if form := draw(st.sampled_from([None, (2,), (2, 1), (1, 3), SHAPE])):
         mask = rng.random(form) < draw(st.sampled_from([0, 0.5, 0.8]))
         masks["where"] = mask
         keep &= mask.reshape(form + (1,) * (2 - len(form)))

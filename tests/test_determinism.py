@@ -33,9 +33,11 @@ rng = np.random.default_rng(0)
 hashes = []
 for shape in ((300_007,), (300, 1001), (3, 100_003)):
     logits, labels = rng.normal(0, 4, shape).astype("f4"), rng.integers(0, 2, shape, "u1")
-    for reduction, axis in (("none", None), ("mean", -1), ("sum", None)):
+    weighted = {"weight": rng.uniform(0, 2, shape).astype("f4"), "where": logits > -3}
+    for reduction, axis, options in (("none", None, {}), ("mean", -1, {}), ("sum", None, {}),
+                                     ("weighted_mean", None, weighted)):
         call = jax.jit(lambda x, y: jax_bce.loss_and_grad(
-            x, y, reduction=reduction, axis=axis, implementation="cpu"))
+            x, y, **options, reduction=reduction, axis=axis, implementation="cpu"))
         placed = [jax.device_put((logits, labels), device) for device in jax.devices()]
         results = [call(*operands) for operands in placed]  # all devices at once
         hashes.append([hashlib.sha256(np.asarray(l).tobytes() + np.asarray(g).tobytes()).hexdigest()

@@ -676,7 +676,7 @@ def test_rules(check, relative: Callable) -> None:
     elements = np.asarray(found["elements"], np.float64)
     for rule in RULES:
         expected = combine(elements, y, **RULES[rule])
-        check.reduced("xla", found[rule], expected, f"a relative, {rule}", roundings=True)
+        check.reduced("xla", found[rule], expected, f"a relative, {rule}")
 
 
 def test_smoothed_labels(check, relative: Callable) -> None:

@@ -67,8 +67,9 @@ def loss(
         those zeros by NaN: put numbers into what it reads.)
       ignore_label: elements whose label, before smoothing, is this number do not exist either.
       reduction: "mean", the sum divided by the number of elements that exist; "weighted_mean",
-        divided by the sum of their weight and sample_weight; "sum"; or "none". Sums are accumulated
-        beyond float32. Where a denominator is 0, the loss and its gradient are 0.
+        divided by the sum of their weight and sample_weight; "sum"; or "none". Sums, those of
+        weights too, are accumulated beyond float32. Where a denominator is 0, the loss and its
+        gradient are 0.
       axis: the axes to reduce; None reduces all. Trailing axes are read in place, others are
         transposed first.
       normalizer: the denominator instead of the reduction's; a number, or one for each number of
@@ -94,8 +95,9 @@ def loss(
       neither has a floor, neither is rounded to zero in the tails. An infinite logit gives the
       limit (0, or an infinite loss with a finite gradient), NaN gives NaN; a weight of 0 wins over
       an infinite loss. XLA's own arithmetic (``implementation="xla"``, and the product with the
-      cotangent where a gradient is not compiled) flushes subnormal results to zero. A tangent of a
-      dropped element is multiplied by 0: in forward mode it must be finite.
+      cotangent where a gradient is not compiled) flushes subnormal results to zero. There, on a
+      CPU, weights and denominators below 1.2e-38 count as 0 as well; in a kernel they do not. A
+      tangent of a dropped element is multiplied by 0: in forward mode it must be finite.
 
     Several devices:
       Operands that are spread over a mesh stay there: each device evaluates its own elements. XLA
@@ -107,9 +109,10 @@ def loss(
     Raises:
       TypeError: logits that are not floating-point, a `where` that is not bool, or another dtype
         that is not listed here.
-      ValueError: labels, weights or a mask of a shape that does not fit, an ignore_label that the
-        labels' dtype cannot hold, operands that are spread differently over an explicit mesh or lie
-        in the host's memory, an unknown option, an axis out of range.
+      ValueError: labels, weights or a mask of a shape that does not fit, a label_smoothing outside
+        its range, an ignore_label that the labels' dtype cannot hold, operands that are spread
+        differently over an explicit mesh or lie in the host's memory, an unknown option, an axis
+        out of range.
       RuntimeError: an implementation that is not available, with the reason and the remedy.
 
     Source:
