@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include "bce_math.h"
@@ -475,10 +476,12 @@ class Evaluation {
       return true;
     };
     // Of which all rows, or all elements of one, have the same.
-    one_for_all_ = one_for_all(problem.scale) && one_for_all(problem.divisor) &&
-                   one_for_all(problem.smoothing);
-    one_for_row_ = problem.scale.strides[last_] == 0 && problem.divisor.strides[last_] == 0 &&
-                   problem.smoothing.strides[last_] == 0;
+    one_for_all_ = one_for_row_ = true;
+    for (const Operand* operand :
+         {&problem.scale, &problem.smoothing, &problem.divisor, &problem.divisor_low}) {
+      one_for_all_ &= one_for_all(*operand);
+      one_for_row_ &= operand->strides[last_] == 0;
+    }
   }
 
   // Its losses, if they are to be added up, are in the tile that is returned, up to the next
@@ -596,10 +599,8 @@ class Evaluation {
     const Scalar* scale = numbers(problem_.scale, &RowStart::scale, scale_buffer);
     for (int i = 0; i < count; ++i) scale_[i] = scale[i] * problem_.inverse_count;
     if (problem_.divisor.data) {
-      Operand low = problem_.divisor;
-      low.data = problem_.divisor_low;
       const Scalar* divisor = numbers(problem_.divisor, &RowStart::divisor, divisor_buffer);
-      const Scalar* lost = numbers(low, &RowStart::divisor, low_buffer);
+      const Scalar* lost = numbers(problem_.divisor_low, &RowStart::divisor_low, low_buffer);
       for (int i = 0; i < count; ++i)
         divisor_[i] = static_cast<double>(divisor[i]) + static_cast<double>(lost[i]);
     } else {
@@ -849,7 +850,7 @@ double block(Evaluation<Scalar, kReduce, kLoss, kGradient>& evaluation, int64_t 
 template <class Scalar>
 double row_loss(const Problem& problem, int64_t row, double sum) {
   const RowStart start = problem.row_start(row);
-  return problem.factor_at<Scalar>(start.scale, start.divisor).times(sum);
+  return problem.factor_at<Scalar>(start, 0).times(sum);
 }
 
 // The sum of a short row, at most a tile.

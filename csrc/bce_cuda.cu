@@ -328,7 +328,7 @@ __device__ double sum_of_warps(double number) {
 
 template <class Scalar>
 __device__ void finish_row(const Problem& problem, int64_t row, const RowStart& start, double sum) {
-  const double loss = problem.factor_at<Scalar>(start.scale, start.divisor).times(sum);
+  const double loss = problem.factor_at<Scalar>(start, 0).times(sum);
   if (problem.loss.type == Type::kF64)
     static_cast<double*>(problem.loss.data)[row] = loss;
   else
@@ -403,14 +403,11 @@ class Share {
     return operand.strides[problem_.rank - 1] == 0;
   }
   __device__ bool one_factor() const {
-    return is_broadcast(problem_.scale) && is_broadcast(problem_.divisor);
+    return is_broadcast(problem_.scale) && is_broadcast(problem_.divisor) &&
+           is_broadcast(problem_.divisor_low);
   }
   __device__ Factor<Scalar> factor_at(int64_t i) const {
-    const auto place = [&](int64_t start, const Operand& operand) {
-      return start + i * operand.strides[problem_.rank - 1];
-    };
-    return problem_.factor_at<Scalar>(place(start_.scale, problem_.scale),
-                                      place(start_.divisor, problem_.divisor));
+    return problem_.factor_at<Scalar>(start_, i);
   }
   __device__ Scalar smoothing_at(int64_t i) const {
     return static_cast<const Scalar*>(problem_.smoothing.data)[start_.smoothing + i];
@@ -846,7 +843,7 @@ template <class Logit>
 cudaError_t launch_for(const Problem& problem, double* workspace, CUstream_st* stream) {
   const int last = problem.rank - 1;
   if (problem.modified || problem.total || problem.scale.strides[last] != 0 ||
-      problem.divisor.strides[last] != 0)
+      problem.divisor.strides[last] != 0 || problem.divisor_low.strides[last] != 0)
     return launch_for<Logit, Any>(problem, workspace, stream);
   switch (problem.labels.type) {
     case Type::kBool:

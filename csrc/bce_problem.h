@@ -61,7 +61,7 @@ struct Result {
 
 // Where a row starts in each operand, in elements.
 struct RowStart {
-  int64_t logits, labels, scale, smoothing, divisor;
+  int64_t logits, labels, scale, smoothing, divisor, divisor_low;
 };
 
 // What results are multiplied by: scale / count / divisor. Where that is beyond the exponents that
@@ -104,8 +104,7 @@ struct Factor {
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
-  Operand logits, labels, scale, smoothing, divisor;
-  const void* divisor_low = nullptr;  // lies as divisor does
+  Operand logits, labels, scale, smoothing, divisor, divisor_low;
   bool total = false;
   Modifier modifiers[kModifiers];
   bool modified;  // there is one
@@ -114,13 +113,14 @@ struct Problem {
   double inverse_count;
 
   BCE_INLINE RowStart row_start(int64_t row) const {
-    RowStart start = {0, 0, 0, 0, 0};
+    RowStart start = {0, 0, 0, 0, 0, 0};
     const auto advance = [&](int dimension, int64_t steps) {
       start.logits += steps * logits.strides[dimension];
       start.labels += steps * labels.strides[dimension];
       start.scale += steps * scale.strides[dimension];
       start.smoothing += steps * smoothing.strides[dimension];
       start.divisor += steps * divisor.strides[dimension];
+      start.divisor_low += steps * divisor_low.strides[dimension];
     };
     for (int d = rank - 2; d > 0; --d) {
       advance(d, row % shape[d]);
@@ -130,14 +130,15 @@ struct Problem {
     return start;
   }
 
-  // Of the element at these places of scale and divisor.
+  // Of an element of a row.
   template <class Scalar>
-  BCE_INLINE Factor<Scalar> factor_at(int64_t scale_at, int64_t divisor_at) const {
-    const auto number = [](const void* data, int64_t i, double absent) {
-      return data ? static_cast<double>(static_cast<const Scalar*>(data)[i]) : absent;
+  BCE_INLINE Factor<Scalar> factor_at(const RowStart& start, int64_t column) const {
+    const auto number = [&](const Operand& operand, int64_t first, double absent) {
+      const Scalar* data = static_cast<const Scalar*>(operand.data);
+      return data ? static_cast<double>(data[first + column * operand.strides[rank - 1]]) : absent;
     };
-    return {number(scale.data, scale_at, 1) * inverse_count,
-            number(divisor.data, divisor_at, 1) + number(divisor_low, divisor_at, 0)};
+    return {number(scale, start.scale, 1) * inverse_count,
+            number(divisor, start.divisor, 1) + number(divisor_low, start.divisor_low, 0)};
   }
 
   BCE_INLINE int64_t columns() const { return shape[rank - 1]; }

@@ -76,8 +76,7 @@ inline ffi::Error failed(const std::exception& error) {
 }
 
 constexpr int kOperands = 4;
-constexpr int kDivisor = kOperands,
-              kBroadcast = kOperands + 1;  // the operands that rows step through
+constexpr int kDivisor = kOperands, kBroadcast = kOperands + 2;  // with both parts of a divisor
 
 // The dimensions of a modifier, as few as its strides allow, against those of the results.
 inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64_t* shape,
@@ -116,9 +115,9 @@ inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64
 inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::RemainingArgs more,
                            ffi::RemainingRets results, bool loss, bool gradient, int64_t modifiers,
                            int64_t reduced_rank, int64_t count, Problem* problem) {
-  Operand* operands[] = {&problem->logits, &problem->labels, &problem->scale, &problem->smoothing,
-                         &problem->divisor};
-  const std::string names[] = {"logits", "labels", "scale", "smoothing", "divisor"};
+  Operand* operands[] = {&problem->logits,    &problem->labels,  &problem->scale,
+                         &problem->smoothing, &problem->divisor, &problem->divisor_low};
+  const std::string names[] = {"logits", "labels", "scale", "smoothing", "divisor", "divisor_low"};
   const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight", "where",
                                         "ignore_label"};
   const int64_t rank = buffers[0].dimensions().size();
@@ -154,23 +153,19 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   const bool divides = parts == 3;
   if (parts != 0 && !divides) return invalid("an operand too many");
   if (divides && more.size() < 2) return invalid("divisor is missing");
-  problem->divisor = {};
-  if (divides) {
-    const ffi::AnyBuffer &high = all[all.size() - 2], &low = all.back();
-    for (const ffi::AnyBuffer* part : {&high, &low})
-      if (!to_type(part->element_type(), &problem->divisor.type) ||
-          problem->divisor.type != arithmetic)
-        return invalid("divisor must be float64 for float64 logits, else float32");
-    if (!std::equal(high.dimensions().begin(), high.dimensions().end(), low.dimensions().begin(),
-                    low.dimensions().end()))
-      return invalid("the parts of divisor differ in shape");
-    problem->divisor.data = high.untyped_data();
-    problem->divisor_low = low.untyped_data();
+  problem->divisor = problem->divisor_low = {};
+  const auto buffer_of = [&](int i) -> const ffi::AnyBuffer& {
+    return i < kDivisor ? buffers[i] : all[all.size() - kBroadcast + i];
+  };
+  for (int i = kDivisor; divides && i < kBroadcast; ++i) {
+    const ffi::AnyBuffer& part = buffer_of(i);
+    if (!to_type(part.element_type(), &operands[i]->type) || operands[i]->type != arithmetic)
+      return invalid(names[i] + " must be float64 for float64 logits, else float32");
+    operands[i]->data = part.untyped_data();
   }
   const auto dimension_of = [&](int i, int64_t d) -> int64_t {
-    if (i == kDivisor && !divides) return 1;
-    const ffi::AnyBuffer& buffer = i == kDivisor ? all[all.size() - 2] : buffers[i];
-    return buffer.dimensions().size() == 0 ? 1 : buffer.dimensions()[d];
+    if (i >= kDivisor && !divides) return 1;
+    return buffer_of(i).dimensions().size() == 0 ? 1 : buffer_of(i).dimensions()[d];
   };
   std::vector<int64_t> full(rank, 1);
   for (const ffi::AnyBuffer& buffer : all)
@@ -189,7 +184,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   // become one. Dimension 0 here is the row: what is reduced, if anything is.
   int merged = 1, last = 0;
   int64_t shape[kMaxRank] = {1}, strides[kBroadcast][kMaxRank] = {};
-  int64_t elements = 1, next_stride[kBroadcast] = {1, 1, 1, 1, 1};
+  int64_t elements = 1, next_stride[kBroadcast] = {1, 1, 1, 1, 1, 1};
   for (int64_t d = rank - 1; d >= 0; --d) {
     const bool reduced = d >= rank - reduced_rank;
     int64_t size = full[d], stride[kBroadcast];
@@ -225,7 +220,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   }
   problem->reduce = loss && reduced_rank > 0;
   problem->inverse_count = 1.0 / count;
-  for (int i : {2, kDivisor})
+  for (int i : {2, kDivisor, kDivisor + 1})
     if (problem->reduce && operands[i]->strides[merged - 1] != 0)
       return invalid(names[i] + " must not vary along the reduced dimensions");
 

@@ -220,7 +220,8 @@ struct Call {
       problem.divisor = {(divisor.*data)(),
                          arithmetic,
                          {row_stride(c.divisors > 1, element_divisors), element_divisors}};
-      problem.divisor_low = (lost.*data)();
+      problem.divisor_low = problem.divisor;
+      problem.divisor_low.data = (lost.*data)();
     }
     problem.total = c.total;
     problem.reduce = c.reduce;
