@@ -808,3 +808,17 @@ def test_docstring_examples(cpu: str, name: str) -> None:
 
 def test_the_module_is_an_attribute_of_the_package() -> None:
     assert jax_bce.keras is ours
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_a_variable_of_keras_as_gamma(from_logits: bool) -> None:
+    """Known, and traced in fit."""
+    y, x = np.float32([[0, 1], [1, 1]]), np.float32([[0.2, 0.7], [0.9, 0.1]])
+    gamma = keras.Variable(2.0)
+    loss = ours.BinaryFocalCrossentropy(gamma=gamma, from_logits=from_logits)
+    number = ours.BinaryFocalCrossentropy(gamma=2.0, from_logits=from_logits)
+    oracle.assert_same_bits(np.asarray(loss(y, x)), np.asarray(number(y, x)))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", loss)
+    history = model.fit(x, y, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(history).all()
