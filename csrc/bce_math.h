@@ -21,8 +21,8 @@
 //     weights                   <= 1 ulp of the arithmetic's type more for each of weight,
 //                               sample_weight and pos_weight that an element has, where it is a
 //                               normal number without them
-//     float32 sums              <= 2^-23, relative, of two or more elements of one sign, also
-//                               weighted and masked; of one, what its element holds
+//     float32 sums              <= 2^-23, relative, of elements of one sign, also weighted and
+//                               masked
 //     infinities, NaN, tails    the limit; NaN; gradual underflow
 // Labels are rounded to the arithmetic's type first: a float64 label beside float32 logits is the
 // nearest float32 number before 1 - y is formed.

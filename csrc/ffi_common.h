@@ -172,14 +172,6 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     for (int64_t d = 0; d < rank && buffer.dimensions().size() > 0; ++d)
       if (full[d] == 1) full[d] = buffer.dimensions()[d];
 
-  // A sum of one element is that element, which is faster in one long row.
-  if (auto sum = results.get<ffi::AnyBuffer>(0); loss && sum.has_value()) {
-    bool one = true;
-    for (int64_t d = rank - reduced_rank; d < rank; ++d) one = one && full[d] == 1;
-    const bool wider = (*sum)->element_type() == ffi::DataType::F64 && arithmetic != Type::kF64;
-    if (one && !wider) reduced_rank = 0;
-  }
-
   // From the last dimension to the first; adjacent ones that every operand steps through alike
   // become one. Dimension 0 here is the row: what is reduced, if anything is.
   int merged = 1, last = 0;

@@ -346,3 +346,20 @@ def test_the_total_has_a_second_derivative(axis: int | None) -> None:
 
     for derivative in jax.grad, jax.hessian:
         assert_close(derivative(loss)(w), np.asarray(derivative(plain)(w), np.float64))
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_dropped_row_has_the_loss_that_its_denominator_has(
+    implementation: str, columns: int
+) -> None:
+    """0 divided by NaN, however many elements are dropped."""
+    losses = jax_bce.loss(
+        np.ones((2, columns), np.float32),
+        0,
+        axis=1,
+        where=np.zeros((2, columns), bool),
+        normalizer=np.float32([np.nan, 1]),
+        implementation=implementation,
+    )
+    np.testing.assert_array_equal(losses, np.float32([np.nan, 0]))

@@ -142,7 +142,7 @@ def test_axis_twice(call: Callable, axis) -> None:
     assert str(tuple(axis)) in str(error.value)
 
 
-@pytest.mark.parametrize("axis", [1.0, "0", (0, 1.5)], ids=str)
+@pytest.mark.parametrize("axis", [1.0, "0", (0, 1.5), True, (0, True)], ids=str)
 def test_axis_is_no_integer(function: Callable, axis) -> None:
     with pytest.raises(TypeError):
         function(LOGITS, LABELS, axis=axis)

@@ -688,6 +688,7 @@ def test_a_model_up_to_the_layer_before() -> None:
 LOGITS_FIRST = {
     "loss": jax_bce.loss,
     "partial": partial(jax_bce.loss, axis=-1),
+    "jit": jax.jit(jax_bce.loss),
     "focal_loss": jax_bce.focal_loss,
     "asymmetric_loss": jax_bce.asymmetric_loss,
     "loss_from_probs": jax_bce.loss_from_probs,

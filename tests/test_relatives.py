@@ -553,6 +553,8 @@ def test_asymmetric_by(check, by: str, clip: float) -> None:
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_asymmetric_with_a_constant_power(check, clip: float) -> None:
     """stop_gradient_weight: the value is the same, the gradient that of the entropy alone."""
+    with pytest.raises(TypeError, match="stop_gradient_weight must be True or False"):
+        jax_bce.asymmetric_loss(np.ones(2, np.float32), 0, stop_gradient_weight="no")
     x, y = np.broadcast_arrays(NEAR, np.array([0, 1, 0.1, 0.5], FLOAT32))
     of = partial(jax_bce.asymmetric_loss, labels=y, clip=clip, reduction="none")
     clip = np.float32(clip)

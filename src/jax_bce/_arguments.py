@@ -145,6 +145,8 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
         given = tuple(operator.index(a) for a in (axis if many else (axis,)))  # type: ignore
     except TypeError:
         raise TypeError(f"axis must be an int or a sequence of ints, got {axis!r}.") from None
+    if any(isinstance(a, bool | np.bool_) for a in (axis if many else (axis,))):  # type: ignore
+        raise TypeError(f"axis must be an int or a sequence of ints, got {axis!r}.")
     outside = [a for a in given if not -len(shape) <= a < len(shape)]
     if outside:
         raise ValueError(f"axis {outside[0]} is out of range for logits of shape {shape}.")

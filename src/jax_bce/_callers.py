@@ -18,7 +18,9 @@ def caller(skipped: Callable[[str], bool]) -> tuple[str, int]:
 
 
 def _takes_logits_first(module: str) -> bool:
-    return module.startswith("jax_bce.") and module != "jax_bce.keras"
+    """Whether this is a function of the package that does, or what JAX wraps around one."""
+    package = module.partition(".")[0]
+    return package in ("jax_bce", "jax", "contextlib") and module != "jax_bce.keras"
 
 
 def refuse_keras() -> None:

@@ -67,9 +67,9 @@ def loss(
         those zeros by NaN: put numbers into what it reads.)
       ignore_label: elements whose label, before smoothing, is this number do not exist either.
       reduction: "mean", the sum divided by the number of elements that exist; "weighted_mean",
-        divided by the sum of their weight and sample_weight; "sum"; or "none". Sums, those of
-        weights too, are accumulated beyond float32. Where a denominator is 0, the loss and its
-        gradient are 0.
+        divided by the sum of their weight and sample_weight; "sum"; or "none". A kernel adds up
+        losses and weights in float64, XLA losses in float32. Where a denominator is 0, the loss and
+        its gradient are 0.
       axis: the axes to reduce; None reduces all. Trailing axes are read in place, others are
         transposed first.
       normalizer: the denominator instead of the reduction's; a number, or one for each number of

@@ -177,7 +177,7 @@ def _holds_in_jax(name: str, array: np.ndarray) -> None:
         if not info.min <= number <= info.max:
             raise ValueError(
                 f"{name} holds {number}, and JAX keeps integers in 32 bits: use "
-                f"np.float32({name}), or jax.enable_x64(True)."
+                f"np.float32({name}), or jax.config.update('jax_enable_x64', True) at the start."
             )
 
 

@@ -68,7 +68,7 @@ def focal_loss(
 
     Raises:
       TypeError, ValueError, RuntimeError: as `loss` does; ValueError for an alpha or a gamma that
-        cannot be broadcast to the logits.
+        is out of its range or cannot be broadcast to the logits.
 
     Source:
       Lin et al., Focal Loss for Dense Object Detection, 2017, https://arxiv.org/abs/1708.02002.
@@ -141,6 +141,11 @@ def asymmetric_loss(
       [0.24586026 0.08424903 0.        ]
     """
     only_known("asymmetric_loss", keywords)
+    if not isinstance(stop_gradient_weight, bool):
+        raise TypeError(
+            "stop_gradient_weight must be True or False, which is static under jit, got "
+            f"{type(stop_gradient_weight).__name__}."
+        )
     numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
     if all(_is_zero(name, value) for name, value in numbers.items()):
         return loss(logits, labels, **keywords)
