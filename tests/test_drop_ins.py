@@ -166,6 +166,48 @@ def test_target_of_another_shape(function: Callable, shape: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize(
+    ("shape", "target", "fix"),
+    [
+        ((4, 1), np.zeros(4), "target.reshape(input.shape)"),
+        ((4,), np.zeros((4, 1)), "target.reshape(input.shape)"),
+        ((2, 3), np.zeros(()), "jnp.broadcast_to(target, input.shape)"),
+        ((2, 3), np.zeros(3), "jnp.broadcast_to(target, input.shape)"),
+        ((2, 3), np.zeros(2), "jnp.broadcast_to(target[:, None], input.shape)"),
+        ((2, 3), np.zeros(2, int), "jax.nn.one_hot(target, 3)"),
+        ((2, 3), np.zeros((3, 2)), "jnp.transpose(target, (1, 0))"),
+        ((2, 3), np.zeros(6), "target.reshape(input.shape)"),
+        ((2, 3), [0.0] * 6, "jnp.asarray(target).reshape(input.shape)"),
+        ((2, 3), np.zeros(4), None),
+    ],
+    ids=str,
+)
+def test_a_target_of_another_shape_is_told_what_works(
+    shape: tuple, target: np.ndarray, fix: str | None
+) -> None:
+    """And nothing else."""
+    logits = np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match="does not match") as error:
+        TORCH[0](logits, target)
+    hint = str(error.value).removesuffix(".").partition(": ")[2]
+    codes = re.findall(r"(?:jnp|jax|target)\.[^;]*\)", hint)
+    assert (fix in codes) if fix else (codes == [])
+    for code in codes:
+        fixed = eval(code, {"jnp": jnp, "jax": jax, "target": target, "input": logits})
+        jax.eval_shape(TORCH[0], logits, fixed)
+
+
+@pytest.mark.parametrize("create", [torch_like.BCEWithLogitsLoss, torch_like.BCELoss])
+@pytest.mark.parametrize("number", [np.asarray, jnp.asarray, np.ndarray.tolist])
+def test_a_batch_is_no_option(create: Callable, number: Callable) -> None:
+    """torch.nn's classes are constructed first; a batch is neither compared nor printed."""
+    with pytest.raises(TypeError) as error:
+        create(number(LOGITS), number(LABELS))
+    name = create.__name__
+    assert str(error.value).endswith(f"{name}()(input, target).")
+    assert len(str(error.value)) < 120
+
+
+@pytest.mark.parametrize(
     "call",
     [
         *(partial(function, LOGITS, LABELS) for function in TORCH),

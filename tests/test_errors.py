@@ -357,8 +357,8 @@ MESSAGES = [
             functions,
             {name: FIFTHS},
             ValueError,
-            f"{name} of shape (5,) cannot be broadcast to logits of shape (4, 3): one number, or "
-            "one for each of the last axis.",
+            f"{name} of shape (5,) cannot be broadcast to logits of shape (4, 3): pass one number "
+            "or shape (3,) or shape (4, 3).",
             {name: FIFTHS[:3]},
         )
         for name, functions in (
@@ -378,24 +378,24 @@ MESSAGES = [
         EVERY,
         {"sample_weight": ONES[:3]},
         ValueError,
-        "sample_weight of shape (3,) is not one for each index of the first axes of logits of "
-        "shape (4, 3): for axis 1 of the logits, weight=sample_weight.",
+        "sample_weight of shape (3,) does not fit logits of shape (4, 3): expected (4,), one per "
+        "row, or (4, 3); for axis 1 of the logits, weight=sample_weight.",
         {"weight": ONES[:3]},
     ),
     (
         EVERY,
         {"sample_weight": ONES},
         ValueError,
-        "sample_weight of shape (5,) is not one for each index of the first axes of logits of "
-        "shape (4, 3): pass shape (4,), or as many of (4, 3) as it has axes.",
+        "sample_weight of shape (5,) does not fit logits of shape (4, 3): expected (4,), one per "
+        "row, or (4, 3).",
         {"sample_weight": ONES[:4]},
     ),
     (
         EVERY,
         {"sample_weight": np.ones((4, 2))},
         ValueError,
-        "sample_weight of shape (4, 2) is not one for each index of the first axes of logits of "
-        "shape (4, 3): pass shape (4,), or as many of (4, 3) as it has axes.",
+        "sample_weight of shape (4, 2) does not fit logits of shape (4, 3): expected (4,), one per "
+        "row, or (4, 3).",
         {"sample_weight": np.ones((4, 3))},
     ),
     (
@@ -410,8 +410,8 @@ MESSAGES = [
         WEIGHTED,
         {"where": np.ones(3, bool)},
         ValueError,
-        "where of shape (3,) is not one for each index of the first axes of logits of shape "
-        "(4, 3): for axis 1 of the logits, where[None].",
+        "where of shape (3,) does not fit logits of shape (4, 3): expected (4,), one per row, or "
+        "(4, 3); for axis 1 of the logits, where[None].",
         {"where": np.ones((1, 3), bool)},
     ),
     (
@@ -490,8 +490,48 @@ MESSAGES = [
         WEIGHTED,
         {"reduction": "average"},
         ValueError,
-        "reduction must be one of ['none', 'sum', 'mean', 'weighted_mean'], got 'average'.",
-        {"reduction": "weighted_mean"},
+        "reduction must be one of ['none', 'sum', 'mean', 'weighted_mean'], got 'average': use "
+        "'mean'.",
+        {"reduction": "mean"},
+    ),
+    *(
+        (
+            WEIGHTED,
+            {"reduction": theirs},
+            ValueError,
+            "reduction must be one of ['none', 'sum', 'mean', 'weighted_mean'], got "
+            f"{theirs!r}: use {ours!r}.",
+            {"reduction": ours},
+        )
+        for theirs, ours in (
+            (None, "none"),
+            ("sum_over_batch_size", "mean"),
+            ("mean_with_sample_weight", "weighted_mean"),
+        )
+    ),
+    (
+        WEIGHTED,
+        {"reduction": LOGITS},
+        ValueError,
+        "reduction must be one of ['none', 'sum', 'mean', 'weighted_mean'], got an array of shape "
+        "(4, 3).",
+        {"reduction": "mean"},
+    ),
+    (
+        EVERY,
+        {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2]},
+        ValueError,
+        "weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number or "
+        "shape (4,); for one weight for each class of integer labels, weight[labels].",
+        {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2][LABELS[:, 0]]},
+    ),
+    (
+        POSITIVE,
+        {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "pos_weight": ONES[:2]},
+        ValueError,
+        "pos_weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number or "
+        "shape (4,).",
+        {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "pos_weight": ONES[0]},
     ),
     (
         WEIGHTED,
@@ -549,8 +589,8 @@ MESSAGES = [
         {"labels": LABELS[:, 0]},
         ValueError,
         "labels of shape (4,) do not match {scores} of shape (4, 3): for class indices, "
-        "jax.nn.one_hot(labels, 3); to use them for several {scores}, for axis 0 of the {scores}, "
-        "jnp.broadcast_to(labels[:, None], {scores}.shape).",
+        "jax.nn.one_hot(labels, 3); to repeat them along the other axes, for axis 0 of the "
+        "{scores}, jnp.broadcast_to(labels[:, None], {scores}.shape).",
         {"labels": jax.nn.one_hot(LABELS[:, 0], 3)},
     ),
     (
@@ -558,7 +598,7 @@ MESSAGES = [
         {"labels": LABELS[0]},
         ValueError,
         "labels of shape (3,) do not match {scores} of shape (4, 3): for class indices, "
-        "jax.nn.one_hot(labels, 4, axis=0); to use them for several {scores}, for axis 1 of the "
+        "jax.nn.one_hot(labels, 4, axis=0); to repeat them along the other axes, for axis 1 of the "
         "{scores}, jnp.broadcast_to(labels, {scores}.shape).",
         {"labels": jnp.broadcast_to(LABELS[0], LOGITS.shape)},
     ),

@@ -586,12 +586,21 @@ def test_an_nnx_module() -> None:
 
 @pytest.mark.parametrize("part", ["norm", "dropout"])
 def test_the_state_of_an_nnx_module_is_not_written(part: str) -> None:
-    """Flax refuses, and the module is as it was."""
+    """Flax refuses, with a note of what to do, and the module is as it was."""
     network = evaluating()
     before = network(X)
     getattr(network, part).train()
-    with pytest.raises(flax.errors.TraceContextError, match="Cannot mutate"):
+    with pytest.raises(flax.errors.TraceContextError, match="Cannot mutate") as error:
         jax_bce.logits_of(network)(X)
+    (note,) = (note for note in error.value.__notes__ if note.startswith("jax_bce.logits_of: "))
+    assert "take the sigmoid out of the model" in note
+    assert "model.eval()" in note
+    with pytest.raises(flax.errors.TraceContextError, match="Cannot mutate"):
+        nnx.jit(lambda network: jax_bce.logits_of(network)(X))(network)
+    copied = jax_bce.logits_of(lambda network, x: nnx.clone(network)(x))
+    expected = nnx.clone(network).scores(X)
+    for found in (copied(network, X), nnx.jit(copied)(network, X), copied(network, X)):
+        np.testing.assert_allclose(found, expected, rtol=oracle.SURROUNDINGS)
     network.eval()
     oracle.assert_same_bits(network(X), before)
 

@@ -5,6 +5,7 @@ What is no dense array of numbers is refused at once, with its dtype and what to
 
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 
 import jax
@@ -277,11 +278,12 @@ REFUSED = {
     "scipy": (scipy.sparse.csr_array(LABELS), "csr_array: it is sparse, use {}.toarray()"),
     "text": ("yes", "str: pass numbers"),
     "texts": (["yes", "no"], "str: pass numbers"),
-    "array of text": (np.array(["yes", "no"]), "of dtype str96: pass numbers"),
-    "digits": (np.array(["1", "0"]), "of dtype str32: use {}.astype(jnp.float32)"),
+    "array of text": (np.array(["yes", "no"]), "got ndarray of text: pass numbers"),
+    "digits": (np.array(["1", "0"]), "got ndarray of text: use {}.astype(jnp.float32)"),
     "objects": (np.array([1, 0.5], object), "of dtype object: use {}.astype(jnp.float32)"),
     "missing objects": (np.array([1, None], object), "of dtype object: some are missing, fill"),
-    "dates": (np.array(["2026-11-29"], "M8[D]"), "of dtype datetime64[D]: pass numbers"),
+    "dates": (np.array(["2026-11-29"], "M8[D]"), "of dtype datetime64[D]: pass numbers."),
+    "date objects": (np.array([date(2026, 11, 29)], object), "of dtype object: pass numbers."),
     "records": (np.zeros(3, [("a", "f4"), ("b", "f4")]), "such as {}['a']"),
     "big-endian": (LABELS.astype(">f8"), "got >f8: use {}.astype(jnp.float64)"),
     "longdouble": (LABELS.astype(np.longdouble), "got float128: use {}.astype(jnp.float64)"),
@@ -331,8 +333,49 @@ def test_a_mask_of_another_kind() -> None:
 def test_missing_labels_are_told_of_ignore_label() -> None:
     with pytest.raises(TypeError, match=r"labels\.fillna\(-1\) with ignore_label=-1"):
         jax_bce.loss(LOGITS[:2, 0], Column(1, None))
-    with pytest.raises(TypeError, match=r"compare, such as labels == 'yes'"):
-        jax_bce.loss(LOGITS[:2, 0], np.array(["yes", "no"]))
+    for values in (["yes", "no"], [b"yes", b"no"]):
+        for dtype in (None, object):
+            with pytest.raises(TypeError, match=f"compare, such as labels == {values[0]!r}"):
+                jax_bce.loss(LOGITS[:2, 0], np.array(values, dtype))
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize(
+    ("outputs", "index"),
+    [
+        ((LOGITS, {"batch_stats": {}}), 0),
+        ([LOGITS, {"batch_stats": {}}], 0),
+        (({"batch_stats": {}}, LOGITS), 1),
+        ((LOGITS, None), 0),
+        ((LOGITS, LOGITS), 0),
+        ((jnp.asarray(LOGITS), jnp.asarray(LOGITS)), 0),
+    ],
+    ids=["linen", "list", "states first", "none", "two", "two of JAX"],
+)
+def test_the_outputs_of_a_model(outputs: tuple | list, index: int) -> None:
+    """Not stacked, and not taken for numbers; each of these has its scores at the index."""
+    what = f"a {type(outputs).__name__} of 2: pass one of them, such as"
+    for name, function in (
+        ("logits", jax_bce.loss),
+        ("logits", jax.jit(jax_bce.loss)),
+        ("probs", jax_bce.loss_from_probs),
+        ("input", torch_like.binary_cross_entropy_with_logits),
+        ("inputs", torch_like.sigmoid_focal_loss),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} must .*{what} {name}\[{index}\]\."):
+            function(outputs, LABELS)
+    jax.eval_shape(lambda: jax_bce.loss(outputs[index], LABELS))
+
+
+@pytest.mark.any_jax
+def test_rows_of_labels_and_weights_are_stacked() -> None:
+    """And of logits in a list, as NumPy does."""
+    exact = jax_bce.loss(LOGITS, LABELS, weight=LABELS)
+    for rows in (tuple, list):
+        actual = jax_bce.loss(list(LOGITS), rows(LABELS), weight=rows(LABELS))
+        oracle.assert_same_bits(actual, exact)
+    with pytest.raises(TypeError, match=r"got a list of 2: pass one of them, such as labels\[0\]"):
+        jax_bce.loss(LOGITS, [{"a": LABELS}, {"b": LABELS}])
 
 
 def test_a_column_without_missing_values() -> None:

@@ -77,7 +77,7 @@ def fixes(
 
 
 def fixes_of_labels(name: str, labels: Array, shape: Sequence[int], of: str) -> str:
-    """What to do about labels of another shape: all that they may mean."""
+    """What to do about labels of another shape: all that they may mean; "" for nothing."""
     own = labels.shape
     if [size for size in own if size != 1] == [size for size in shape if size != 1]:
         return f"reshape one to the other, for example {name}.reshape({of}.shape)"
@@ -85,10 +85,10 @@ def fixes_of_labels(name: str, labels: Array, shape: Sequence[int], of: str) -> 
     if jnp.issubdtype(labels.dtype, jnp.integer) and (indices := _class_indices(name, own, shape)):
         texts.append(f"for class indices, {' or '.join(indices)}")
     if repeated := fixes(name, own, shape, fix=f"jnp.broadcast_to({{}}, {of}.shape)", of=of):
-        texts.append(f"to use them for several {of}, {repeated}")
+        texts.append(f"to repeat them along the other axes, {repeated}")
     if moved := _transposed(name, own, shape):
         texts.append(f"to move their axes, {' or '.join(moved)}")
-    return "; ".join(texts) or "pass one label for each logit, or one scalar label for all"
+    return "; ".join(texts)
 
 
 def _class_indices(name: str, own: Sequence[int], shape: Sequence[int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -27,6 +28,13 @@ from jax_bce._reference import (
 )
 
 _REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
+_SAME = {  # what Keras and others call a reduction
+    None: "none",
+    "average": "mean",
+    "avg": "mean",
+    "mean_with_sample_weight": "weighted_mean",
+    "sum_over_batch_size": "mean",
+}
 _SCORES = {
     "logits": "logits come first, labels second; pass the model's raw scores before the sigmoid, "
     "or logits.astype(jnp.float32)",
@@ -120,8 +128,14 @@ def _move(array: Array, source: tuple[int, ...], destination: tuple[int, ...]) -
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+    named = value is None or isinstance(value, str)  # an array is not compared, nor printed
+    if named and value in allowed:
+        return
+    shape = getattr(value, "shape", None)
+    got = reprlib.repr(value) if shape is None else f"an array of shape {shape}"
+    same = _SAME.get(value) if named else None  # type: ignore[call-overload]
+    hint = f": use {same!r}" if same and same in allowed else ""
+    raise ValueError(f"{name} must be one of {list(allowed)}, got {got}{hint}.")
 
 
 def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -172,9 +186,18 @@ def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
         hint = fixes(spelled(name, value), array.shape, shape)
         raise ValueError(
             f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: "
-            f"{hint or 'one number, or one for each of the last axis'}."
+            f"{hint or _expected_trailing(name, value, array, shape)}."
         )
     return array.reshape(aligned)
+
+
+def _expected_trailing(name: str, value: Any, array: Array, shape: tuple[int, ...]) -> str:
+    """What would fit, where no axes of the logits do."""
+    shapes = [f"shape {shape[-rank:]}" for rank in range(1, len(shape) + 1)]
+    text = "pass " + " or ".join(["one number", *shapes])
+    if name == "weight" and array.shape == (2,):
+        text += f"; for one weight for each class of integer labels, {spelled(name, value)}[labels]"
+    return text
 
 
 def _broadcasts(own: Sequence[int], shape: Sequence[int]) -> bool:
@@ -189,11 +212,16 @@ def _leading(name: str, array: Array, shape: tuple[int, ...], hint: str) -> Arra
         kept = next((d for d in range(len(own), 0, -1) if own[d - 1] != 1), 0)
         fits = own[:kept] == shape[:kept]
     if not fits:
-        raise ValueError(
-            f"{name} of shape {own} is not one for each index of the first axes of logits of shape "
-            f"{shape}: {hint or f'pass shape {shape[:1]}, or as many of {shape} as it has axes'}."
-        )
+        expected = _expected_leading(shape) + (hint and f"; {hint}")
+        raise ValueError(f"{name} of shape {own} does not fit logits of shape {shape}: {expected}.")
     return array.reshape(own + (1,) * (len(shape) - len(own)))
+
+
+def _expected_leading(shape: tuple[int, ...]) -> str:
+    if not shape:
+        return "expected one number"
+    more = [str(shape[:rank]) for rank in range(2, len(shape) + 1)]
+    return "expected " + ", or ".join([f"{shape[:1]}, one per row", *more])
 
 
 def _sample_weight(value: ArrayLike, shape: tuple[int, ...]) -> Array:
@@ -330,9 +358,10 @@ def prepare(
     y = operand("labels", labels)
     shape = x.shape
     if y.ndim and y.shape != shape:
+        hint = fixes_of_labels(spelled("labels", labels), y, shape, name)
         raise ValueError(
             f"labels of shape {y.shape} do not match {name} of shape {shape}: "
-            f"{fixes_of_labels(spelled('labels', labels), y, shape, name)}."
+            f"{hint or 'pass one label for each logit, or one scalar label for all'}."
         )
     if reduction == "none":
         for option, value in (("axis", axis), ("normalizer", normalizer)):

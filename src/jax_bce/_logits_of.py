@@ -13,6 +13,10 @@ Atom = Var | Literal
 # These move or place elements, and so commute with what is done to each of them.
 _ARRANGING = {"broadcast_in_dim", "copy", "name", "reshape", "reshard", "rev"}
 _ARRANGING |= {"sharding_constraint", "slice", "squeeze", "transpose"}
+_WRITES = (
+    "jax_bce.logits_of: the model writes to its own state while it is traced. To train, take the "
+    "sigmoid out of the model; to evaluate, call model.eval() first."
+)
 _CALLS = {"jit", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
@@ -49,10 +53,13 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
 
     State:
       As under ``jax.jit``, what the model stores while it runs would be a tracer. flax.nnx refuses
-      to store it (``TraceContextError``): call ``model.eval()`` first, and put ``nnx.jit``, which
-      stores the module itself, around the result. Keras stores it, and fails when the model is used
-      next: never pass ``training=True``, wrap ``stateless_call`` instead. What the model does with
-      the probability beside returning it, such as ``jax.debug.print``, is kept.
+      to store it (``TraceContextError``), which BatchNorm and Dropout do while they train: to
+      train, take the sigmoid out of the model; to evaluate, call ``model.eval()`` first. With
+      ``lambda x: nnx.clone(model)(x)`` as the model, a copy of it stores, and what that stores is
+      lost: statistics stay as they are, and each call drops the same units. Keras stores the
+      tracer, and fails when the model is used next: never pass ``training=True``, wrap
+      ``stateless_call`` instead. What the model does with the probability beside returning it, such
+      as ``jax.debug.print``, is kept.
 
     Raises:
       TypeError: a model that cannot be called, such as a flax.linen module that is not bound.
@@ -82,7 +89,12 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
     def logits(*args: Any, **keywords: Any) -> Any:
         # All arguments are closed over: objects keep their identity, Python values stay static, and
         # the tracers of a transformation around this become constants of the trace.
-        trace, result = jax.make_jaxpr(lambda: model(*args, **keywords), return_shape=True)()
+        try:
+            trace, result = jax.make_jaxpr(lambda: model(*args, **keywords), return_shape=True)()
+        except Exception as error:
+            if type(error).__name__ == "TraceContextError":  # of Flax, which may be missing
+                error.add_note(_WRITES)
+            raise
         leaves, structure = jax.tree.flatten(result)
         if len(leaves) != 1:
             raise ValueError(

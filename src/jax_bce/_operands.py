@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 NUMBERS = (*FLOATS, "bool", "int8", "uint8", "int16", "int32", "int64")
 _PYTHON = (bool, int, float, complex, np.generic)
+_SCORES = ("logits", "probs", "input", "inputs", "y_pred")  # what a model returns
 _MISSING = ("NoneType", "NAType", "NaTType")
 
 
@@ -46,6 +47,7 @@ def _stacked(name: str, values: Sequence[Any]) -> Array | np.ndarray:
     """A list of numbers, or of anything else that is let in."""
     if all(isinstance(value, _PYTHON) for value in values):
         return np.asarray(values)
+    _refuse_outputs(name, values)
     parts = [unwrapped(name, value) for value in values]
     shapes = dict.fromkeys(str(part.shape) for part in parts)
     if len(shapes) > 1:
@@ -53,6 +55,15 @@ def _stacked(name: str, values: Sequence[Any]) -> Array | np.ndarray:
     if any(isinstance(part, jax.core.Tracer) for part in parts):
         return jnp.stack([jnp.asarray(part) for part in parts])
     return np.stack([np.asarray(part) for part in parts])
+
+
+def _refuse_outputs(name: str, values: Sequence[Any]) -> None:
+    """An error for what a model returns beside its scores: states, None, or more arrays."""
+    arrays = [i for i, value in enumerate(values) if getattr(value, "ndim", 0)]
+    odd = any(isinstance(v, dict) or (v is None and arrays) for v in values)
+    if odd or (arrays and isinstance(values, tuple) and name in _SCORES):
+        what = f"a {'list' if isinstance(values, list) else 'tuple'} of {len(values)}"
+        raise _no_numbers(name, what, f"pass one of them, such as {name}[{[*arrays, 0][0]}]")
 
 
 def _problem(name: str, value: Any) -> str | None:
@@ -113,7 +124,8 @@ def typed(
     if dtype.name in dtypes and native:
         return array
     if dtype.name != "bool" and not jnp.issubdtype(dtype, jnp.number):
-        what = f"{type(array).__name__} of dtype {dtype.name}"
+        of = "text" if getattr(dtype, "kind", None) in tuple("UST") else f"dtype {dtype.name}"
+        what = f"{type(array).__name__} of {of}"
         raise _no_numbers(name, what, _fix_of_no_numbers(name, array, dtypes))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         fix = f"use {name}.real or abs({name})"
@@ -142,13 +154,13 @@ def _fix_of_no_numbers(name: str, array: Array | np.ndarray, dtypes: Sequence[st
     if any(type(entry).__name__ in _MISSING or entry is np.nan for entry in entries):
         return _fill(name)
     try:
-        [float(entry) for entry in entries]
+        if [float(entry) for entry in entries]:
+            return f"use {name}.astype({'bool' if dtypes == ('bool',) else 'jnp.float32'})"
     except (TypeError, ValueError):
-        entries = []
-    if not entries:
-        compare = ", or compare, such as labels == 'yes'" if name == "labels" else ""
-        return f"pass numbers{compare}"
-    return f"use {name}.astype({'bool' if dtypes == ('bool',) else 'jnp.float32'})"
+        pass
+    texts = [entry for entry in entries if isinstance(entry, str | bytes)]
+    compare = f", or compare, such as {name} == {texts[0]!r}" if texts and name == "labels" else ""
+    return f"pass numbers{compare}"
 
 
 def operand(

@@ -198,7 +198,8 @@ def _warn_of_probabilities() -> None:
         "from_logits=False: the gradient is 0 where a probability is within 1e-7 of 0 or 1, also "
         "where it is wrong, and nothing beyond a logit of 17 trains. Use activation=None in the "
         "last layer and from_logits=True here. Of a model that has its sigmoid, set "
-        "model.layers[-1].activation = keras.activations.linear and compile it again; where the "
+        "model.layers[-1].activation = keras.activations.linear and compile it again, with "
+        "BinaryAccuracy(threshold=0) instead of 'accuracy', which compares with 0.5; where the "
         "model must stay as it is, jax_bce.logits_of(model) is a function that returns its logits.",
         stacklevel=level,
     )
@@ -282,6 +283,10 @@ class BinaryCrossentropy(_Loss, keras.losses.BinaryCrossentropy):  # type: ignor
 
     For ``compile`` and ``fit``, with sample_weight, class_weight and masks; it is saved with the
     model, and loaded once ``jax_bce.keras`` is imported.
+
+    With from_logits=True, metrics get logits, too, and "accuracy" compares them with 0.5: use
+    ``keras.metrics.BinaryAccuracy(threshold=0)``, ``Precision(thresholds=0)``,
+    ``Recall(thresholds=0)`` and ``AUC(from_logits=True)``.
 
     Differs from Keras on purpose, beside what `binary_crossentropy` says: what a mask drops may be
     NaN or infinite (Keras: NaN), "mean_with_sample_weight" divides by the sum of the weights as

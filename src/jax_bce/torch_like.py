@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jax_bce._alignment import fixes_of_labels, spelled
 from jax_bce._arguments import one_of
 from jax_bce._callers import renamed
 from jax_bce._loss import loss
@@ -167,8 +168,8 @@ class BCEWithLogitsLoss:
     pos_weight: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        """Says at once what PyTorch says with the first batch."""
-        one_of("reduction", self.reduction, _REDUCTIONS)
+        """Checks at once what PyTorch checks with the first batch."""
+        _constructed(type(self).__name__, self.reduction)
 
     def __call__(self, input: ArrayLike, target: ArrayLike) -> Array:
         """The loss of a batch."""
@@ -209,12 +210,22 @@ class BCELoss:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Says at once what PyTorch says with the first batch."""
-        one_of("reduction", self.reduction, _REDUCTIONS)
+        """Checks at once what PyTorch checks with the first batch."""
+        _constructed(type(self).__name__, self.reduction)
 
     def __call__(self, input: ArrayLike, target: ArrayLike) -> Array:
         """The loss of a batch."""
         return binary_cross_entropy(input, target, self.weight, self.reduction)
+
+
+def _constructed(name: str, reduction: object) -> None:
+    """An error for an unknown reduction, or a batch that was passed instead of options."""
+    if hasattr(reduction, "shape") or isinstance(reduction, list | tuple):
+        raise TypeError(
+            f"{name} is constructed first, and called with input and target then: "
+            f"{name}()(input, target)."
+        )
+    one_of("reduction", reduction, _REDUCTIONS)
 
 
 def sigmoid_focal_loss(
@@ -282,9 +293,12 @@ def _of_one_shape(**operands: ArrayLike) -> tuple[Array, Array]:
     """Two arrays, or an error with the names that PyTorch gives them."""
     (one, x), (other, y) = ((name, operand(name, value)) for name, value in operands.items())
     if x.shape != y.shape:
+        name = spelled(other, operands[other])
+        hint = fixes_of_labels(name, y, x.shape, one)
+        if not hint and x.size == y.size:
+            hint = f"{name}.reshape({one}.shape) rearranges it"
         raise ValueError(
             f"{other} of shape {y.shape} does not match {one} of shape {x.shape}: "
-            f"jnp.broadcast_to({other}, {one}.shape) repeats it, {other}.reshape({one}.shape) "
-            "rearranges it."
+            f"{hint or f'pass one number for each of {one}'}."
         )
     return x, y
