@@ -448,7 +448,10 @@ def test_probabilities_warn_once(recwarn: pytest.WarningsRecorder, call: str) ->
     (warning,) = recwarn.list
     assert warning.category is UserWarning
     assert warning.filename == __file__
-    for remedy in ("activation=None", "from_logits=True", "jax_bce.logits_of", ".linear"):
+    for remedy in (
+        *("activation=None", "from_logits=True", "jax_bce.logits_of", ".linear"),
+        "BinaryAccuracy(threshold=0)",
+    ):
         assert remedy in str(warning.message)
     ours.binary_crossentropy([[1.0]], [[0.5]])
     ours.binary_focal_crossentropy([[1.0]], [[0.5]])

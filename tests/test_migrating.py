@@ -202,6 +202,60 @@ def test_a_keras_model_loses_its_sigmoid(cpu: str) -> None:
     assert_close = partial(np.testing.assert_allclose, rtol=oracle.SURROUNDINGS)
     for scores in (*ways, found["model"].predict(logits, verbose=0)):
         assert_close(jax.nn.sigmoid(scores), probabilities)
+    labels = np.array([[1], [0], [1]])
+    expected = keras.metrics.BinaryAccuracy()(labels, probabilities)
+    values = found["model"].evaluate(logits, labels, verbose=0, return_dict=True)
+    assert_close(values["binary_accuracy"], expected)
+
+
+def test_metrics_of_logits_in_keras(cpu: str) -> None:
+    """Those that the page names see logits as Keras's defaults see probabilities, which differ."""
+    (section,) = (s for s in SECTIONS if s.startswith("Keras 3"))
+    codes = set(re.findall(r"`(keras\.metrics\.\w+\(\w+=\w+\))`", section))
+    assert len(codes) == 5
+    docstring = jax_bce.keras.BinaryCrossentropy.__doc__
+    for call in re.findall(r"``([\w.]+\((?:thresholds?=0|from_logits=True)\))``", docstring):
+        codes.add(f"keras.metrics.{call.removeprefix('keras.metrics.')}")
+    assert len(codes) == 5
+    scores = oracle.random_logits(np.float32, (64, 1), 3) / 10
+    labels = np.asarray(np.abs(scores) % 1 < jax.nn.sigmoid(scores), np.float32)
+    for code in codes:
+        expected = eval(f"{code.partition('(')[0]}()", names())(labels, jax.nn.sigmoid(scores))
+        of_logits = eval(code, names())(labels, scores)
+        np.testing.assert_allclose(of_logits, expected, rtol=oracle.SURROUNDINGS)
+    wrong = keras.metrics.BinaryAccuracy()(labels, scores)
+    assert wrong != keras.metrics.BinaryAccuracy(threshold=0)(labels, scores)
+
+
+PROBLEMS = (ROOT / "docs/problems.md").read_text()
+OTHER_NAMES = [
+    line.strip("| ").split(" | ")
+    for line in PROBLEMS.partition("| there |")[2].partition("\n## ")[0].split("\n")[2:]
+    if line
+]
+
+
+@pytest.mark.parametrize("row", OTHER_NAMES, ids=lambda row: row[0])
+def test_what_other_libraries_call_a_keyword(row: list[str]) -> None:
+    """Python refuses their names, and takes ours."""
+    theirs, ours = map(SPAN.findall, row)
+    found = names() | {"w0": 0.5, "w1": 2.0, "w": 3.0, "m": jnp.ones(3, bool)}
+    for code in theirs:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{code.split('=')[0]}'"):
+            eval(f"jax_bce.loss(logits, labels, {code})", found)
+    assert ours
+    for code in ours:
+        called = code if code.startswith("jax_bce.") else "jax_bce.loss"
+        eval(called if called == code else f"jax_bce.loss(logits, labels, {code})", found)
+
+
+def test_a_weight_for_each_class_of_keras() -> None:
+    """As class_weight; the ratio alone is it up to the weight of class 0."""
+    found = names() | {"w0": 0.5, "w1": 2.0}
+    by_class, by_ratio = SPAN.findall(OTHER_NAMES[0][1])
+    one = eval(f"jax_bce.loss(logits, labels, {by_class})", found)
+    other = found["w0"] * eval(f"jax_bce.loss(logits, labels, {by_ratio})", found)
+    np.testing.assert_allclose(one, other, rtol=oracle.SURROUNDINGS)
 
 
 def test_a_loss_of_ones_own_in_keras(cpu: str) -> None:

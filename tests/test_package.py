@@ -284,6 +284,14 @@ def test_docstring_examples(cpu: str, name: str) -> None:
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
+def test_the_readme_says_where_small_gradients_are_flushed(cpu: str) -> None:
+    """Outside of jax.jit XLA multiplies by the cotangent; loss_and_grad does not."""
+    gradient, logit = jax.grad(jax_bce.loss), jax.numpy.float32(-90)
+    assert gradient(logit, 0.0) == 0
+    for value in (jax.jit(gradient)(logit, 0.0), jax_bce.loss_and_grad(logit, 0.0)[1]):
+        assert f"{float(value):.3g}" == "8.19e-40"
+
+
 def test_readme_examples() -> None:
     """Every Python block of the README runs as it stands, one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

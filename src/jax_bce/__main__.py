@@ -1,4 +1,4 @@
-"""`python -m jax_bce`: what is installed, what is used and why, and how to mend what is missing."""
+"""`python -m jax_bce`: what is installed, what is used and why, and how to fix what is missing."""
 
 import os
 import platform
@@ -18,12 +18,12 @@ def _cuda_state(backend: str) -> str:
     built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {code}, PTX of {ptx}"
     if backend == "gpu":
         return f"loaded, {built}; used with implementation='cuda'"
-    mend = (
+    fix = (
         "to use a GPU of this machine, pip install 'jax[cuda13]'"
         if _cuda.driver_version()
         else "there is no NVIDIA driver"
     )
-    return f"not in use, {built}: JAX has no GPU here ({mend})"
+    return f"not in use, {built}: JAX has no GPU here ({fix})"
 
 
 def report() -> dict[str, str]:
