@@ -357,8 +357,8 @@ MESSAGES = [
             functions,
             {name: FIFTHS},
             ValueError,
-            f"{name} of shape (5,) cannot be broadcast to logits of shape (4, 3): pass one number "
-            "or shape (3,) or shape (4, 3).",
+            f"{name} of shape (5,) cannot be broadcast to logits of shape (4, 3): pass one "
+            "number, or shape (3,), or shape (4, 3).",
             {name: FIFTHS[:3]},
         )
         for name, functions in (
@@ -521,7 +521,7 @@ MESSAGES = [
         EVERY,
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2]},
         ValueError,
-        "weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number or "
+        "weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number, or "
         "shape (4,); for one weight for each class of integer labels, weight[labels].",
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2][LABELS[:, 0]]},
     ),
@@ -529,7 +529,7 @@ MESSAGES = [
         POSITIVE,
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "pos_weight": ONES[:2]},
         ValueError,
-        "pos_weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number or "
+        "pos_weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number, or "
         "shape (4,).",
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "pos_weight": ONES[0]},
     ),

@@ -573,10 +573,20 @@ def test_errors_call_the_arguments_as_keras_does(name: str, from_logits: bool) -
         (np.ones((3, 2)), np.ones((3, 4)), {}),
         (np.ones(3, complex), np.ones(3, np.float32), {}),
         (np.ones(3), np.ones(3), {"axis": 3}),
+        (np.ones(3), (np.ones(3), np.ones(3)), {}),
     ):
         with pytest.raises((ValueError, TypeError), match=r"y_(true|pred)") as error:
             function(y_true, y_pred, **options)
         assert not re.search("logits|probs|labels", str(error.value))
+
+
+@pytest.mark.parametrize("more", [None, {}, np.ones(3)], ids=str)
+def test_the_outputs_of_a_model_are_no_prediction(more: object) -> None:
+    """Neither of a function nor of a class, which asks Keras for a mask as well."""
+    function = partial(ours.binary_crossentropy, from_logits=True)
+    for loss in (function, ours.BinaryCrossentropy(True)):
+        with pytest.raises(TypeError, match=r"tuple of 2: pass one of them, such as y_pred\[0\]"):
+            loss(np.ones(3), (np.ones(3), more))
 
 
 @pytest.mark.parametrize("module", PEERS)

@@ -333,6 +333,8 @@ def test_a_mask_of_another_kind() -> None:
 def test_missing_labels_are_told_of_ignore_label() -> None:
     with pytest.raises(TypeError, match=r"labels\.fillna\(-1\) with ignore_label=-1"):
         jax_bce.loss(LOGITS[:2, 0], Column(1, None))
+    with pytest.raises(TypeError, match=r"compare, such as np\.array\(labels\) == 'yes'"):
+        jax_bce.loss(LOGITS[:2, 0], ["yes", "no"])
     for values in (["yes", "no"], [b"yes", b"no"]):
         for dtype in (None, object):
             with pytest.raises(TypeError, match=f"compare, such as labels == {values[0]!r}"):

@@ -194,7 +194,7 @@ def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
 def _expected_trailing(name: str, value: Any, array: Array, shape: tuple[int, ...]) -> str:
     """What would fit, where no axes of the logits do."""
     shapes = [f"shape {shape[-rank:]}" for rank in range(1, len(shape) + 1)]
-    text = "pass " + " or ".join(["one number", *shapes])
+    text = ", or ".join(["pass one number", *shapes])
     if name == "weight" and array.shape == (2,):
         text += f"; for one weight for each class of integer labels, {spelled(name, value)}[labels]"
     return text

@@ -81,6 +81,8 @@ def _problem(name: str, value: Any) -> str | None:
         return f"pass one of its values, such as {name}[{next(iter(value))!r}]"
     if value is None:
         return "pass numbers"
+    if isinstance(value, str):
+        return _compare(name, f"np.array({name})", value)
     if isinstance(value, (np.ndarray, *_PYTHON)) or hasattr(value, "__array__"):
         return None
     try:
@@ -158,9 +160,14 @@ def _fix_of_no_numbers(name: str, array: Array | np.ndarray, dtypes: Sequence[st
             return f"use {name}.astype({'bool' if dtypes == ('bool',) else 'jnp.float32'})"
     except (TypeError, ValueError):
         pass
-    texts = [entry for entry in entries if isinstance(entry, str | bytes)]
-    compare = f", or compare, such as {name} == {texts[0]!r}" if texts and name == "labels" else ""
-    return f"pass numbers{compare}"
+    texts = (entry for entry in entries if isinstance(entry, str | bytes))
+    return _compare(name, name, next(texts, None))
+
+
+def _compare(name: str, array: str, text: str | bytes | None) -> str:
+    """What to do about text, which may be labels."""
+    compare = f", or compare, such as {array} == {text!r}"
+    return "pass numbers" + compare * (name == "labels" and text is not None)
 
 
 def operand(

@@ -212,11 +212,11 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
         self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: ArrayLike | None = None
     ) -> Array:
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        kept = _Mask(reduction="none")([1.0], y_pred) != 0
         y, x = _same_rank(
             _tensor("y_true", y_true),
             _tensor("y_pred", y_pred, self.dtype).astype(wide),
         )
+        kept = _Mask(reduction="none")([1.0], y_pred) != 0
         losses = self.call(_select(kept, y), _select(kept, x))
         weight = _tensor("sample_weight", 1 if sample_weight is None else sample_weight, wide)
         self._fits(*_same_rank(losses, weight))
