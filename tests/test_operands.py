@@ -335,6 +335,8 @@ def test_missing_labels_are_told_of_ignore_label() -> None:
         jax_bce.loss(LOGITS[:2, 0], Column(1, None))
     with pytest.raises(TypeError, match=r"compare, such as np\.array\(labels\) == 'yes'"):
         jax_bce.loss(LOGITS[:2, 0], ["yes", "no"])
+    with pytest.raises(TypeError, match="compare, such as target == 'yes'"):
+        torch_like.BCEWithLogitsLoss()(LOGITS[:2, 0], np.array(["yes", "no"]))
     for values in (["yes", "no"], [b"yes", b"no"]):
         for dtype in (None, object):
             with pytest.raises(TypeError, match=f"compare, such as labels == {values[0]!r}"):

@@ -128,12 +128,13 @@ def _move(array: Array, source: tuple[int, ...], destination: tuple[int, ...]) -
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    named = value is None or isinstance(value, str)  # an array is not compared, nor printed
-    if named and value in allowed:
-        return
+    same = None
+    if isinstance(value, str | None):  # an array is not compared, nor printed
+        if value in allowed:
+            return
+        same = _SAME.get(value)
     shape = getattr(value, "shape", None)
     got = reprlib.repr(value) if shape is None else f"an array of shape {shape}"
-    same = _SAME.get(value) if named else None  # type: ignore[call-overload]
     hint = f": use {same!r}" if same and same in allowed else ""
     raise ValueError(f"{name} must be one of {list(allowed)}, got {got}{hint}.")
 

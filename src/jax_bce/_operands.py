@@ -17,6 +17,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 NUMBERS = (*FLOATS, "bool", "int8", "uint8", "int16", "int32", "int64")
 _PYTHON = (bool, int, float, complex, np.generic)
 _SCORES = ("logits", "probs", "input", "inputs", "y_pred")  # what a model returns
+_LABELS = ("labels", "target", "targets", "y_true")
 _MISSING = ("NoneType", "NAType", "NaTType")
 
 
@@ -167,7 +168,7 @@ def _fix_of_no_numbers(name: str, array: Array | np.ndarray, dtypes: Sequence[st
 def _compare(name: str, array: str, text: str | bytes | None) -> str:
     """What to do about text, which may be labels."""
     compare = f", or compare, such as {array} == {text!r}"
-    return "pass numbers" + compare * (name == "labels" and text is not None)
+    return "pass numbers" + compare * (name in _LABELS and text is not None)
 
 
 def operand(
