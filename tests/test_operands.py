@@ -3,6 +3,7 @@
 What is no dense array of numbers is refused at once, with its dtype and what to pass instead.
 """
 
+import re
 import time
 from collections.abc import Callable
 from datetime import date
@@ -415,3 +416,28 @@ def test_swapped_arguments_are_recognised(function: Callable) -> None:
     for dtype in (bool, np.int32, np.uint8):
         with pytest.raises(TypeError, match="logits come first, labels second"):
             function(LABELS.astype(dtype), LOGITS)
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("where", [1, 0]),
+        ("logits", [1, 2]),
+        ("labels", [0, 10**30]),
+        ("labels", ["0", "1"]),
+        ("labels", [0j, 1j]),
+        ("labels", ["no", "yes"]),
+    ],
+    ids=str,
+)
+def test_the_fix_of_a_list_runs_on_a_list(name: str, value: list) -> None:
+    operands = {"logits": [1.0, 2.0], "labels": [0, 1]} | {name: value}
+    with pytest.raises(TypeError) as error:
+        jax_bce.loss(**operands)
+    found = re.search(
+        rf"(np\.asarray\({name}\)\.\S+|np\.a\w+\({name}\) [>=]+ [^,.]+)", str(error.value)
+    )
+    assert found, error.value
+    fixed = eval(found[1].rstrip("."), {name: value, "np": np, "jnp": jnp})
+    jax_bce.loss(**operands | {name: fixed})

@@ -4,6 +4,7 @@ A value that is known stays a NumPy array until `operand`: under jit, jnp.asarra
 and its range could not be checked.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +130,8 @@ def typed(
     if dtype.name != "bool" and not jnp.issubdtype(dtype, jnp.number):
         of = "text" if getattr(dtype, "kind", None) in tuple("UST") else f"dtype {dtype.name}"
         what = f"{type(array).__name__} of {of}"
-        raise _no_numbers(name, what, _fix_of_no_numbers(name, array, dtypes))
+        fix = _that_runs(name, value, _fix_of_no_numbers(name, array, dtypes))
+        raise _no_numbers(name, what, fix)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         fix = f"use {name}.real or abs({name})"
     elif not native and dtype.newbyteorder("=").name in dtypes:
@@ -137,7 +139,15 @@ def typed(
     elif fix is None or dtype.itemsize > 8:
         fix = f"use {name}.astype(jnp.{_nearest(dtype)})"
     got = dtype.name if native else dtype.str
+    fix = _that_runs(name, value, fix)
     raise TypeError(f"{name} must be one of {list(dtypes)}, got {got}: {fix}.")
+
+
+def _that_runs(name: str, value: Any, fix: str) -> str:
+    """The fix of an array, or of what becomes one: a list has no methods of an array."""
+    if hasattr(value, "astype"):
+        return fix
+    return re.sub(rf"\b{name}(?=\.astype|\.real| [>=]|\))", f"np.asarray({name})", fix)
 
 
 def _nearest(dtype: np.dtype) -> str:
