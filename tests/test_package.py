@@ -202,7 +202,7 @@ def test_import_does_not_start_the_driver() -> None:
     assert rest == ([] if _primitive.missing("cuda") else ["['asked']"])
 
 
-def test_without_the_cuda_module_the_reason_names_the_mend() -> None:
+def test_without_the_cuda_module_the_reason_names_the_fix() -> None:
     reason = _primitive._why_no_cuda_kernel(None, (0, 3))
     assert reason is not None
     assert "JAX_BCE_CUDA=PYPI pip install ." in reason
@@ -236,7 +236,7 @@ def test_headers_come_from_the_oldest_supported_jaxlib(cpu: str) -> None:
     assert _primitive._cpu.xla_ffi_api_version == (0, 1)
 
 
-def test_without_built_modules_the_error_names_the_mend(tmp_path: Path) -> None:
+def test_without_built_modules_the_error_names_the_fix(tmp_path: Path) -> None:
     package = tmp_path / "jax_bce"
     package.mkdir()
     for source in Path(jax_bce.__file__).parent.glob("*.py"):
