@@ -145,11 +145,11 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
 
 def _smoothing(value: ArrayLike) -> AnyArray | None:
     """The share s, or None where it is known to be 0."""
-    array = operand("label_smoothing", ranged("label_smoothing", value))
+    array = ranged("label_smoothing", value)
     if array.ndim:
         raise ValueError(f"label_smoothing must be one number, got shape {array.shape}.")
     number = known(array)
-    return None if number is not None and number == 0 else array
+    return None if number is not None and number == 0 else operand("label_smoothing", array)
 
 
 def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
