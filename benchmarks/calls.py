@@ -4,8 +4,8 @@
 
 Microseconds a call of few float32 logits, the mean, and beside each what a user of optax would call
 for it. Every round takes one sample of every call, in a rotating order; reported are medians.
-`compile` is tracing and compiling `value_and_grad` with empty caches; `import`, what the import takes
-in a new process that has imported jax.
+`compile` is tracing and compiling `value_and_grad` with empty caches; `import`, what that takes in a
+new process that has imported jax.
 """
 
 import argparse
