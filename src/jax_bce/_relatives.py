@@ -279,8 +279,8 @@ def grad_and_hess(
 
     Returns:
       The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each of the
-      logits' shape and dtype. The Hessian falls with exp(-|x|), and is 0 beyond |x| = 87 (in
-      float32), where XLA flushes it.
+      logits' shape and dtype. The Hessian falls with ``exp(-|x|)``, and is 0 for ``|x|`` above
+      87 (in float32), where XLA flushes it.
 
     Derivatives:
       As those of `loss`.

@@ -248,8 +248,8 @@ def sigmoid_focal_loss(
 
     Differs from torchvision on purpose: the tails are exact (at (-20, 0) the loss is 8.76e-27,
     torchvision's 0), infinite logits have their limits, the gradient for a gamma below 1 is finite
-    everywhere (torchvision's is NaN from |x| = 17 on), a mean of no elements is 0, and an unknown
-    reduction is an error.
+    everywhere (torchvision's is NaN from ``|x| = 17`` on), a mean of no elements is 0, and an
+    unknown reduction is an error.
 
     Args:
       inputs: as input of `binary_cross_entropy_with_logits`.

@@ -1,0 +1,53 @@
+"""Sphinx's settings for the documentation site: `make docs`."""
+
+import os
+from importlib.metadata import version as installed
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+os.environ["KERAS_BACKEND"] = "jax"  # for jax_bce.keras, whose docstrings are read
+
+project = "jax_bce"
+author = copyright = "the jax_bce developers"
+version = release = installed("jax-bce")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+myst_heading_anchors = 3  # links of pages to each other's headings
+
+autodoc_typehints = "none"  # the docstrings say what an argument may be
+autodoc_member_order = "bysource"
+highlight_language = "none"  # of a block that names no language
+default_role = "py:obj"  # of `loss` in a docstring
+napoleon_custom_sections = ["Derivatives", "Several devices", "Source", "State"]
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_admonition_for_examples = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+html_theme = "furo"
+html_title = f"jax_bce {release}"
+html_static_path = ["static"]
+html_extra_path = sorted(path.name for path in Path(__file__).parent.glob("*.png"))
+html_css_files = ["site.css"]
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+pygments_dark_style = "github-dark"
+html_math_renderer = "mathml"
+
+
+def _formula(translator: nodes.NodeVisitor, node: nodes.Node) -> None:
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Formulas as MathML: browsers show it by themselves, also offline."""
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
