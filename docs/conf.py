@@ -43,8 +43,11 @@ html_math_renderer = "mathml"
 
 
 def _formula(translator: nodes.NodeVisitor, node: nodes.Node) -> None:
-    display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(convert(node.astext(), display=display))
+    if isinstance(node, nodes.math_block):
+        formula = f'<div class="math">{convert(node.astext(), display="block")}</div>'
+    else:
+        formula = convert(node.astext())
+    translator.body.append(formula)
     raise nodes.SkipNode
 
 
