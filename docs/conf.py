@@ -27,9 +27,7 @@ autodoc_member_order = "bysource"
 highlight_language = "none"  # of a block that names no language
 default_role = "py:obj"  # of `loss` in a docstring
 napoleon_custom_sections = ["Derivatives", "Several devices", "Source", "State"]
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_admonition_for_examples = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
