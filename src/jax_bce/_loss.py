@@ -42,93 +42,92 @@ def loss(
 ) -> Array:
     r"""Binary cross-entropy between labels and the sigmoid of logits.
 
-    For a logit :math:`x`, a label :math:`y` and a weight :math:`q` of the positive class, each
-    element is
+    For a logit :math:`x`, a label :math:`y`, a weight :math:`w` and a positive-class weight
+    :math:`q`, the loss of each element is
 
-    .. math:: l = w \left(q y \log(1 + e^{-x}) + (1 - y) \log(1 + e^{x})\right),
+    .. math:: l = w \left(q y \log(1 + e^{-x}) + (1 - y) \log(1 + e^{x})\right).
 
-    with :math:`q = w = 1` the negative log-likelihood in nats of a Bernoulli variable with
-    probability :math:`\sigma(x) = 1 / (1 + e^{-x})`. Pass the raw scores of the model: a sigmoid in
-    front of this function loses what it computes. For Keras's ``compile``, which passes the labels
-    first, there is `jax_bce.keras`: arguments that are swapped show as an accuracy near 0.5 and a
-    loss that falls far below 0.
+    With :math:`q = w = 1` this is the negative log-likelihood in nats of a Bernoulli variable with
+    probability :math:`\sigma(x) = 1 / (1 + e^{-x})`. Pass the raw scores of the model: applying a
+    sigmoid first loses accuracy. For Keras's ``compile``, which passes the labels first, use
+    `jax_bce.keras`. With swapped arguments, accuracy stays near 0.5 and the loss falls far below 0.
 
-    In this order: elements that `where` or ignore_label drops do not exist; labels are smoothed;
-    elements are evaluated, weighted, summed in float32 or wider, divided, and rounded once.
+    The steps, in order: drop the elements that `where` or ignore_label excludes; smooth labels;
+    compute each element's loss; apply weights; sum in float32 or wider; divide; round once.
 
     Args:
       logits: float16, bfloat16, float32 or float64, any shape.
-      labels: probabilities of the positive class, of the logits' shape or a scalar: any of the
-        logits' dtypes (not necessarily the same), bool, int8, uint8, int16, int32 or int64. Read as
-        stored, and rounded to float32 unless the logits are float64: 1 - 1e-9 is 1 beside float32
-        logits, and its 1 - y is 0. Integers other than 0 and 1 are taken at their value: labels of
-        -1 and 1, or of 0 and 255, are not what you want, and `checking` finds them.
-      weight: a factor of each element, aligned with the logits' last axes as NumPy broadcasts: a
-        number, one for each class, of shape (C,), or of the logits' shape. It and the other weights
-        may have any dtype that labels may, and are read as stored.
-      sample_weight: another one, aligned with the first axes: of shape ``logits.shape[:k]``, with
-        sizes of 1 behind it if you like.
-      pos_weight: q, aligned as `weight` is. It is no factor of ``1 - y``, nor a part of any
+      labels: probabilities of the positive class, with the logits' shape or scalar. Any of the
+        logits' dtypes (not necessarily the same), bool, int8, uint8, int16, int32 or int64. Labels
+        are read as stored, and rounded to float32 unless the logits are float64: with float32
+        logits, a label of 1 - 1e-9 is 1, and its 1 - y is 0. Integers are used as they are: labels
+        of -1 and 1, or of 0 and 255, are probably a mistake; `checking` finds them.
+      weight: a factor for each element, broadcast to the logits as in NumPy: a number, per-class
+        weights of shape (C,), or an array of the logits' shape. Weights may have any dtype that
+        labels may have, and are read as stored.
+      sample_weight: another factor for each element, aligned with the first axes: an array of shape
+        ``logits.shape[:k]``, optionally followed by axes of size 1.
+      pos_weight: q, broadcast like `weight`. It does not multiply ``1 - y`` and is not part of any
         denominator.
-      label_smoothing: s in [0, 1], which is checked unless it is traced; a label y becomes
-        y (1 - s) + s / 2, before pos_weight, and neither that nor its complement is rounded before
-        it is used.
-      where: bool, aligned as sample_weight is, or with as many axes as the logits, of their size or
-        1. What is False does not exist: whatever its logit, label and weights are, also NaN,
-        nothing of them is seen, and their gradients are 0. (A model that made NaN of NaN multiplies
-        those zeros by NaN: put numbers into what it reads.)
-      ignore_label: elements whose label, before smoothing, is this number do not exist either.
-      reduction: "mean", the sum divided by the number of elements that exist; "weighted_mean",
-        divided by the sum of their weight and sample_weight; "sum"; or "none". A kernel adds up
-        losses and weights in float64, XLA losses in float32. Where a denominator is 0, the loss and
-        its gradient are 0.
-      axis: the axes to reduce; None reduces all. Trailing axes are read in place, others are
+      label_smoothing: s in [0, 1], checked unless it is traced. A label y becomes
+        y (1 - s) + s / 2 before pos_weight is applied. Neither this value nor its complement is
+        rounded before use.
+      where: bool, aligned like sample_weight, or with as many axes as the logits, each of the same
+        size or 1. Elements where it is False are ignored: they contribute neither to the loss nor
+        to the denominator, and their gradients are 0, even if their logit, label or weight is NaN.
+        (If the model's inputs are NaN, its own backward pass multiplies these zeros by NaN: replace
+        them.)
+      ignore_label: elements with this label, before smoothing, are ignored, too.
+      reduction: "mean" divides the sum by the number of elements not ignored; "weighted_mean"
+        divides it by the sum of their weight times sample_weight; "sum"; or "none". Kernels sum
+        losses and weights in float64; XLA sums losses in float32. If a denominator is 0, the loss
+        and its gradient are 0.
+      axis: the axes to reduce; by default, all. Trailing axes are reduced in place, others are
         transposed first.
-      normalizer: the denominator instead of the reduction's; a number, or one for each number of
-        the result. Like weights, it has no range that is checked: a negative one negates.
-      dtype: of the result. None: float32 (float64 for float64 logits) for a reduced loss, the
-        logits' dtype for reduction="none".
-      residuals: what is kept for the backward pass. "gradient": the gradient, computed together
-        with the loss in one pass over memory. "recompute": nothing but the operands themselves; the
-        backward pass reads them again, which allows reverse mode only, and once.
-      implementation: None, the fastest that was measured (the SIMD kernel on a CPU, XLA elsewhere);
-        "cpu", the SIMD kernel; "cuda", the GPU kernel; "xla", plain JAX, which is also what
-        ``jax.export`` stores unless a kernel is named. Like reduction, axis, dtype and residuals,
-        it is static under jit; everything else may be traced.
+      normalizer: replaces the reduction's denominator: a number, or an array of the result's shape.
+        As for weights, its range is not checked: a negative normalizer negates the loss.
+      dtype: of the result. By default, a reduced loss is float32 (float64 for float64 logits), and
+        reduction="none" has the logits' dtype.
+      residuals: what is stored for the backward pass. "gradient" stores the gradient, computed
+        together with the loss in one pass over memory. "recompute" stores only the operands; the
+        backward pass reads them again, and only a single reverse-mode derivative is supported.
+      implementation: None selects the fastest one measured (the SIMD kernel on a CPU, XLA
+        elsewhere); "cpu" is the SIMD kernel, "cuda" the GPU kernel, and "xla" plain JAX, which is
+        also what ``jax.export`` stores unless a kernel is named. Like reduction, axis, dtype and
+        residuals, it is static under jit; all other arguments may be traced.
 
     Returns:
-      The loss, of the logits' shape without the reduced axes.
+      The loss, with the logits' shape without the reduced axes.
 
     Derivatives:
       With respect to logits, float labels, weight, sample_weight, pos_weight, label_smoothing and
-      normalizer, to any order, in forward and reverse mode, in their argument's dtype; each is
-      computed only if it is asked for. ``dl/dx = (1 - y) sigmoid(x) - q y sigmoid(-x)``. float32
-      losses and gradients are within 1 ulp of the exact value for every logit and labels 0 and 1:
-      neither has a floor, neither is rounded to zero in the tails. An infinite logit gives the
-      limit (0, or an infinite loss with a finite gradient), NaN gives NaN; a weight of 0 wins over
-      an infinite loss. XLA's own arithmetic (``implementation="xla"``, and the product with the
-      cotangent where a gradient is not compiled) flushes subnormal results to zero. There, on a
-      CPU, weights and denominators below 1.2e-38 count as 0 as well; in a kernel they do not. A
-      tangent of a dropped element is multiplied by 0: in forward mode it must be finite.
+      normalizer, to any order, in forward and reverse mode. Each has its argument's dtype and is
+      computed only if requested. ``dl/dx = (1 - y) sigmoid(x) - q y sigmoid(-x)``. For every
+      logit and labels of 0 and 1, float32 losses and gradients are within 1 ulp of the exact value:
+      they have no floor and are not rounded to zero in the tails. An infinite logit gives the limit
+      (0, or an infinite loss with a finite gradient); NaN gives NaN; a weight of 0 gives 0 even if
+      the loss is infinite. XLA's own arithmetic (``implementation="xla"``, and the product with the
+      cotangent if a gradient is not compiled) flushes subnormal results to zero. On a CPU it also
+      treats weights and denominators below 1.2e-38 as 0; the kernels do not. In forward mode, the
+      tangents of ignored elements must be finite, because they are multiplied by 0.
 
     Several devices:
-      Operands that are spread over a mesh stay there: each device evaluates its own elements. XLA
-      may gather them where a summed dimension is spread and does not divide evenly, or logits and
-      labels are spread over one dimension in different ways, or more than 4,096 rows into parts of
-      fewer than 32 elements. A weight that is neither one number nor one for each row of the last
-      axis is first spread out to the logits' shape. In a shard_map the loss is that of the shard.
+      Sharded operands stay sharded: each device computes its own elements. XLA may gather operands
+      if a reduced dimension is sharded and does not divide evenly, if logits and labels are sharded
+      differently along a dimension, or if more than 4,096 rows are split into parts of fewer than
+      32 elements. A weight that is neither a single number nor one per row of the last axis is
+      first broadcast to the logits' shape. In a shard_map, the loss is that of the local shard.
 
     Raises:
-      TypeError: logits that are not floating-point, a `where` that is not bool, or another dtype
-        that is not listed here.
-      ValueError: labels, weights or a mask of a shape that does not fit, a label_smoothing outside
-        its range, an ignore_label that the labels' dtype cannot hold, operands that are spread
-        differently over an explicit mesh or lie in the host's memory, an unknown option, an axis
-        out of range.
-      RuntimeError: an implementation that is not available, with the reason and the remedy.
+      TypeError: if logits are not floating-point, `where` is not bool, or another dtype is not
+        listed here.
+      ValueError: if the shape of labels, weights or a mask does not fit, label_smoothing or an axis
+        is out of range, the labels' dtype cannot hold ignore_label, operands are sharded
+        differently over an explicit mesh or are in host memory, or an option is unknown.
+      RuntimeError: if an implementation is not available, with the reason and the fix.
 
     Source:
-      The derivation stands in ``csrc/bce_math.h``.
+      The derivation is in ``csrc/bce_math.h``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_bce
@@ -178,24 +177,25 @@ def loss_and_grad(
 ) -> tuple[Array, Array]:
     """The loss and its derivative with respect to the logits, in one pass over memory.
 
-    The same as ``jax.value_and_grad(loss)`` without tracing a derivative; for a loss that is not
-    reduced to one number, the gradient of its sum.
+    Equivalent to ``jax.value_and_grad(loss)``, but no derivative is traced. If the loss is not
+    reduced to one number, the gradient is that of its sum.
 
     Args:
       logits: as for `loss`.
       labels: as for `loss`.
       pos_weight: as for `loss`.
-      **keywords: those of `loss`, but residuals; dtype is that of the loss.
+      **keywords: the keywords of `loss` except residuals; dtype applies to the loss.
 
     Returns:
-      The loss as `loss` returns it, and the gradient in the logits' shape and dtype. With
-      ``reduction="mean"`` the gradient holds the factor 1/N; in float16 a long mean underflows.
+      The loss, as from `loss`, and the gradient in the logits' shape and dtype. With
+      ``reduction="mean"`` the gradient includes the factor 1/N: in float16 it underflows for a mean
+      over many elements.
 
     Raises:
-      TypeError, ValueError, RuntimeError: as `loss` does.
+      TypeError, ValueError, RuntimeError: as for `loss`.
 
     Source:
-      The derivation stands in ``csrc/bce_math.h``.
+      The derivation is in ``csrc/bce_math.h``.
 
     Example:
       >>> import jax.numpy as jnp, jax_bce
