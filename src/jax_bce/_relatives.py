@@ -1,6 +1,6 @@
-"""The losses that are related to the cross-entropy: formulas of `_reference.py`, compiled by XLA.
+"""Losses related to the cross-entropy: the formulas of `_reference.py`, compiled by XLA.
 
-Weights, masks, reductions, denominators and types are those of `loss`, by the same code.
+Weights, masks, reductions, denominators and types use the code of `loss`.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
@@ -27,7 +27,7 @@ from jax_bce._primitive import bce
 
 
 def _is_zero(name: str, value: ArrayLike) -> bool:
-    """Whether this is the number 0, which a traced number is not known to be."""
+    """Whether this is the number 0; False for a traced number, whose value is unknown."""
     number = known(ranged(name, value))
     return number is not None and number.ndim == 0 and bool(number == 0)
 
@@ -51,35 +51,35 @@ def focal_loss(
     gamma: ArrayLike = 2.0,
     **keywords: Unpack[Keywords],
 ) -> Array:
-    r"""Focal loss: cross-entropy that counts less the better an element is classified.
+    r"""Focal loss: cross-entropy that gives well-classified elements less weight.
 
     .. math:: l = \alpha_t (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p)\right),
 
     with :math:`p = \sigma(x)`, :math:`p_t = y p + (1 - y) (1 - p)` and :math:`\alpha_t = \alpha y +
-    (1 - \alpha) (1 - y)`, in nats. The power is taken of a logarithm that is formed from the logit,
-    so that nothing vanishes or overflows in either tail.
+    (1 - \alpha) (1 - y)`, in nats. The power is computed from a logarithm of the logit's
+    probabilities, so that it neither vanishes nor overflows in either tail.
 
     Args:
       logits: as for `loss`.
-      labels: as for `loss`; soft labels enter p_t linearly, smoothed ones as smoothed.
-      alpha: the weight of the positive class, against 1 - alpha of the negative one; a number, or
-        one for each class (trailing-aligned). None: neither is weighted.
-      gamma: the focus, at least 0, likewise. With the number 0 and no alpha, the result is that of
-        `loss`, bit for bit.
-      **keywords: those of `loss`, but pos_weight and residuals. XLA compiles this loss, so that
-        implementation is None or "xla", unless it is `loss`.
+      labels: as for `loss`. p_t is linear in soft and in smoothed labels.
+      alpha: the weight of the positive class; the negative class has weight 1 - alpha. A number, or
+        one per class (trailing-aligned). If None, neither class is weighted.
+      gamma: the exponent, at least 0: a number, or one per class. If it is the number 0 and alpha
+        is None, the result is that of `loss`, bit for bit.
+      **keywords: the keywords of `loss` except pos_weight and residuals. XLA compiles this loss:
+        implementation must be None or "xla", unless the result is that of `loss`.
 
     Returns:
-      The loss, of the shape and dtype that `loss` has. The denominator of "weighted_mean" holds
-      weight and sample_weight, not the factors above.
+      The loss, with the shape and dtype that `loss` returns. The denominator of "weighted_mean"
+      includes weight and sample_weight, not the factors above.
 
     Derivatives:
       With respect to logits, float labels, alpha, gamma, weights, label_smoothing and normalizer,
-      to any order, in their argument's dtype; those in the logits are finite for finite logits.
+      to any order, in their argument's dtype. Those with respect to finite logits are finite.
 
     Raises:
-      TypeError, ValueError, RuntimeError: as `loss` does; ValueError for an alpha or a gamma that
-        is out of its range or cannot be broadcast to the logits.
+      TypeError, ValueError, RuntimeError: as for `loss`; ValueError if alpha or gamma is out of
+        range or cannot be broadcast to the logits.
 
     Source:
       Lin et al., Focal Loss for Dense Object Detection, 2017, https://arxiv.org/abs/1708.02002.
@@ -115,36 +115,36 @@ def asymmetric_loss(
     stop_gradient_weight: bool = False,
     **keywords: Unpack[Keywords],
 ) -> Array:
-    r"""Asymmetric loss: focal loss with a focus for each class, and easy negatives dropped.
+    r"""Asymmetric loss: focal loss with an exponent for each class, without easy negatives.
 
     .. math:: l = (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p_m)\right),
 
     with :math:`p = \sigma(x)`, :math:`p_m = \max(p - \text{clip}, 0)`, :math:`1 - p_t = y (1 - p) +
-    (1 - y) p_m` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`, in nats. Positives have no
-    floor: the usual clamp of the probability at 1e-8 is not needed.
+    (1 - y) p_m` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`, in nats. Probabilities of
+    positives are not clamped: the usual floor of 1e-8 is not needed.
 
     Args:
       logits: as for `loss`.
       labels: as for `loss`.
-      gamma_neg: the focus of the negative class, at least 0; a number, or one for each class
+      gamma_neg: the exponent for the negative class, at least 0: a number, or one per class
         (trailing-aligned).
-      gamma_pos: that of the positive class, likewise.
-      clip: the probability, in [0, 1), below which a negative has no loss, likewise. With the
-        number 0 for all three, the result is that of `loss`, bit for bit.
-      stop_gradient_weight: whether the power is a constant to differentiation.
-      **keywords: those of `loss`, but pos_weight and residuals. XLA compiles this loss, so that
-        implementation is None or "xla", unless it is `loss`.
+      gamma_pos: the exponent for the positive class, like gamma_neg.
+      clip: the probability, in [0, 1), below which a negative has no loss: a number, or one per
+        class. If all three are the number 0, the result is that of `loss`, bit for bit.
+      stop_gradient_weight: If True, the power is a constant under differentiation.
+      **keywords: the keywords of `loss` except pos_weight and residuals. XLA compiles this loss:
+        implementation must be None or "xla", unless the result is that of `loss`.
 
     Returns:
-      The loss, of the shape and dtype that `loss` has.
+      The loss, with the shape and dtype that `loss` returns.
 
     Derivatives:
-      With respect to everything that may be traced, to any order, in their argument's dtype; those
-      in the logits are finite for finite logits.
+      With respect to everything that may be traced, to any order, in their argument's dtype. Those
+      with respect to finite logits are finite.
 
     Raises:
-      TypeError, ValueError, RuntimeError: as `loss` does; ValueError for a focus or a clip that
-        cannot be broadcast to the logits.
+      TypeError, ValueError, RuntimeError: as for `loss`; ValueError if an exponent or clip cannot
+        be broadcast to the logits.
 
     Source:
       Ridnik et al., Asymmetric Loss For Multi-Label Classification, 2020,
@@ -159,7 +159,7 @@ def asymmetric_loss(
     only_known("asymmetric_loss", keywords)
     if not isinstance(stop_gradient_weight, bool):
         raise TypeError(
-            "stop_gradient_weight must be True or False, which is static under jit, got "
+            "stop_gradient_weight must be True or False, not traced, got "
             f"{type(stop_gradient_weight).__name__}."
         )
     numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
@@ -192,38 +192,38 @@ def loss_from_probs(
     pos_weight: ArrayLike | None = None,
     **keywords: Unpack[Keywords],
 ) -> Array:
-    r"""Binary cross-entropy of probabilities, for a model that offers nothing else.
+    r"""Binary cross-entropy of probabilities, for models that do not return logits.
 
     .. math:: l = -q y \log(p + \delta) - (1 - y) \log(1 - p + \delta)
 
-    Where p is a rounded sigmoid, the logit's tails are lost already: prefer `loss`, or `logits_of`
+    A sigmoid that was rounded to p has lost the logit's tails: prefer `loss`, or use `logits_of`
     the model.
 
     Args:
-      probs: probabilities p in [0, 1], of a floating-point dtype, subnormal ones included. Outside,
-        the loss and its derivatives are NaN for every label, unless p is clipped.
+      probs: probabilities p in [0, 1], in a floating-point dtype; may be subnormal. For other
+        values, the loss and its derivatives are NaN for every label, unless p is clipped.
       labels: as for `loss`.
-      epsilon: None: the logarithms are exact, and may be infinite. A number: p is clipped to
-        [epsilon, 1 - epsilon] first, in float32 or wider, which also stops the gradient beyond;
-        1e-7 is what Keras 3 does. On a CPU, XLA takes a subnormal epsilon for 0.
-      log_epsilon: added inside both logarithms, whose arguments are not rounded; 1e-7 for both is
-        what tf.keras 2 does.
+      epsilon: If None, the logarithms are exact and may be infinite. If a number, p is first
+        clipped to [epsilon, 1 - epsilon] in float32 or wider; the gradient of a clipped p is 0.
+        Keras 3 uses 1e-7. On a CPU, XLA treats a subnormal epsilon as 0.
+      log_epsilon: added inside both logarithms, whose arguments are not rounded. tf.keras 2 uses
+        1e-7 for both epsilons.
       pos_weight: as for `loss`.
-      **keywords: those of `loss`, but residuals. XLA compiles this loss, so that implementation is
-        None or "xla".
+      **keywords: the keywords of `loss` except residuals. XLA compiles this loss: implementation
+        must be None or "xla".
 
     Returns:
-      The loss, of the shape and dtype that `loss` has.
+      The loss, with the shape and dtype that `loss` returns.
 
     Derivatives:
-      With respect to everything that may be traced, to any order, in their argument's dtype. Those
-      of a logarithm, such as 1 / p, are at most 3.39e38 (the largest number of bfloat16, or of
-      float64 for float64 probabilities), also at p = 0. In float16 they overflow beyond 65,504. On
-      a CPU, XLA flushes subnormal losses and derivatives to 0, and takes subnormal labels and
-      weights for 0.
+      With respect to everything that may be traced, to any order, in their argument's dtype.
+      Derivatives of a logarithm, such as 1 / p, are at most 3.39e38 (the largest bfloat16 number,
+      or float64 number for float64 probabilities), even at p = 0. In float16 they overflow beyond
+      65,504. On a CPU, XLA flushes subnormal losses and derivatives to 0, and treats subnormal
+      labels and weights as 0.
 
     Raises:
-      TypeError, ValueError, RuntimeError: as `loss` does.
+      TypeError, ValueError, RuntimeError: as for `loss`.
 
     Source:
       The definition.
@@ -264,7 +264,7 @@ def grad_and_hess(
     pos_weight: ArrayLike | None = None,
     hess_floor: ArrayLike = 0.0,
 ) -> tuple[Array, Array]:
-    r"""The first and second derivative of each element's loss, for boosting, Newton and Laplace.
+    r"""First and second derivatives of each element's loss, for boosting, Newton and Laplace.
 
     .. math:: g = w \left((1 - y) \sigma(x) - q y \sigma(-x)\right), \quad
               h = w \max\left((q y + 1 - y) \sigma(x) \sigma(-x), \text{floor}\right)
@@ -275,21 +275,22 @@ def grad_and_hess(
       weight: as for `loss`.
       sample_weight: as for `loss`.
       pos_weight: as for `loss`.
-      hess_floor: the least second derivative before weights, at least 0; XGBoost takes 1e-16.
+      hess_floor: lower bound of the second derivative before weights, at least 0. XGBoost uses
+        1e-16.
 
     Returns:
-      The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each of the
-      logits' shape and dtype. The Hessian falls with ``exp(-|x|)``, and is 0 for ``|x|`` above
-      87 (in float32), where XLA flushes it.
+      The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each with the
+      logits' shape and dtype. The Hessian decays as ``exp(-|x|)`` and is 0 for ``|x|`` above 87 (in
+      float32), where XLA flushes it.
 
     Derivatives:
-      As those of `loss`.
+      As for `loss`.
 
     Raises:
-      TypeError, ValueError: as `loss` does.
+      TypeError, ValueError: as for `loss`.
 
     Source:
-      The derivation stands in ``csrc/bce_math.h``.
+      The derivation is in ``csrc/bce_math.h``.
 
     Example:
       >>> import jax.numpy as jnp, jax_bce
