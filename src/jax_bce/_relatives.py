@@ -56,12 +56,12 @@ def focal_loss(
     .. math:: l = \alpha_t (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p)\right),
 
     with :math:`p = \sigma(x)`, :math:`p_t = y p + (1 - y) (1 - p)` and :math:`\alpha_t = \alpha y +
-    (1 - \alpha) (1 - y)`, in nats. The power is computed from a logarithm of the logit's
-    probabilities, so that it neither vanishes nor overflows in either tail.
+    (1 - \alpha) (1 - y)`, in nats. The power is computed from a logarithm that is
+    formed from the logit, so nothing vanishes or overflows in either tail.
 
     Args:
       logits: as for `loss`.
-      labels: as for `loss`. p_t is linear in soft and in smoothed labels.
+      labels: as for `loss`; p_t is linear in soft labels, after smoothing.
       alpha: the weight of the positive class; the negative class has weight 1 - alpha. A number, or
         one per class (trailing-aligned). If None, neither class is weighted.
       gamma: the exponent, at least 0: a number, or one per class. If it is the number 0 and alpha
@@ -120,8 +120,8 @@ def asymmetric_loss(
     .. math:: l = (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p_m)\right),
 
     with :math:`p = \sigma(x)`, :math:`p_m = \max(p - \text{clip}, 0)`, :math:`1 - p_t = y (1 - p) +
-    (1 - y) p_m` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`, in nats. Probabilities of
-    positives are not clamped: the usual floor of 1e-8 is not needed.
+    (1 - y) p_m` and :math:`\gamma = y \gamma_+ + (1 - y) \gamma_-`, in nats. Positives are
+    not clamped: the usual floor of 1e-8 is not needed.
 
     Args:
       logits: as for `loss`.
@@ -143,8 +143,8 @@ def asymmetric_loss(
       with respect to finite logits are finite.
 
     Raises:
-      TypeError, ValueError, RuntimeError: as for `loss`; ValueError if an exponent or clip cannot
-        be broadcast to the logits.
+      TypeError, ValueError, RuntimeError: as for `loss`; ValueError if an exponent or clip is out
+        of range or cannot be broadcast to the logits.
 
     Source:
       Ridnik et al., Asymmetric Loss For Multi-Label Classification, 2020,
@@ -159,7 +159,7 @@ def asymmetric_loss(
     only_known("asymmetric_loss", keywords)
     if not isinstance(stop_gradient_weight, bool):
         raise TypeError(
-            "stop_gradient_weight must be True or False, not traced, got "
+            "stop_gradient_weight must be True or False (it is static under jit), got "
             f"{type(stop_gradient_weight).__name__}."
         )
     numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
@@ -196,8 +196,7 @@ def loss_from_probs(
 
     .. math:: l = -q y \log(p + \delta) - (1 - y) \log(1 - p + \delta)
 
-    A sigmoid that was rounded to p has lost the logit's tails: prefer `loss`, or use `logits_of`
-    the model.
+    A rounded sigmoid has already lost the logit's tails: prefer `loss`, or `logits_of` the model.
 
     Args:
       probs: probabilities p in [0, 1], in a floating-point dtype; may be subnormal. For other
@@ -275,8 +274,7 @@ def grad_and_hess(
       weight: as for `loss`.
       sample_weight: as for `loss`.
       pos_weight: as for `loss`.
-      hess_floor: lower bound of the second derivative before weights, at least 0. XGBoost uses
-        1e-16.
+      hess_floor: lower bound of h before weights, at least 0; XGBoost uses 1e-16.
 
     Returns:
       The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each with the
