@@ -558,7 +558,7 @@ def test_other_weights_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"shape \(5,\).*losses of shape \(4,\): pass one weight"):
         ours.BinaryCrossentropy(True)(ELEMENTS, ELEMENTS, np.ones(5))
     loss, rows = ours.BinaryCrossentropy(True, axis=()), np.arange(4.0)
-    with pytest.raises(ValueError, match=r"sample_weight\[:, None\] has one for each") as error:
+    with pytest.raises(ValueError, match=r"sample_weight\[:, None\] for weights along") as error:
         loss(ELEMENTS, ELEMENTS, rows)
     fix = re.search(r"sample_weight\[.*?\]", str(error.value))[0]
     fixed = loss(ELEMENTS, ELEMENTS, eval(fix, {"sample_weight": rows}))

@@ -1,8 +1,8 @@
-"""The binary cross-entropies of Keras 3 on JAX, under Keras's names and with its defaults.
+"""The binary cross-entropies of Keras 3 on JAX, with Keras's names and defaults.
 
-Importing this module imports Keras. Losses that were saved with a model are found once it is
-imported. Elements are the package's; weights, masks and reductions are written here, because Keras
-multiplies by a mask, and what is NaN stays NaN.
+Importing this module imports Keras, and registers the losses so that saved models can be loaded.
+Element losses come from the package. Weights, masks and reductions are implemented here, because
+Keras multiplies by the mask, which leaves NaN in masked elements.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
@@ -23,7 +23,7 @@ from jax_bce._operands import ranged, unwrapped
 
 _REMEDY = "set KERAS_BACKEND=jax in the environment before Keras is imported for the first time."
 try:
-    import keras  # type: ignore  # it has no annotations, and may be missing
+    import keras  # type: ignore  # has no annotations and may be missing
 except ModuleNotFoundError as error:
     if error.name == "keras":
         raise ImportError("jax_bce.keras needs Keras: pip install keras") from error
@@ -50,36 +50,36 @@ def binary_crossentropy(
     label_smoothing: ArrayLike = 0.0,
     axis: int | Sequence[int] | None = -1,
 ) -> Array:
-    r"""Binary cross-entropy, the mean over an axis, called as Keras's function of this name.
+    r"""Mean binary cross-entropy over an axis, with the signature of the Keras function.
 
-    For a label :math:`y` and a probability :math:`p`, clipped to [1e-7, 1 - 1e-7] (or to what
-    ``keras.config.epsilon()`` says), or the sigmoid of a logit, not clipped, each element is
+    For a label :math:`y` and a probability :math:`p`, which is clipped to [1e-7, 1 - 1e-7] (see
+    ``keras.config.epsilon()``), or is the sigmoid of a logit, not clipped, each element is
 
     .. math:: l = -y \log p - (1 - y) \log(1 - p)
 
-    Differs from Keras on purpose: an infinite logit has its limit (Keras: NaN), labels are read as
-    they are stored (Keras rounds them to y_pred's dtype first), 16-bit elements are evaluated in
-    float32 and averaged there (Keras: NaN at a probability of 1), and a label_smoothing outside
-    [0, 1] is an error.
+    Deliberate differences from Keras: an infinite logit gives the limit (Keras: NaN), labels are
+    read as stored (Keras first rounds them to y_pred's dtype), 16-bit elements are evaluated and
+    averaged in float32 (Keras: NaN at a probability of 1), and a label_smoothing outside [0, 1]
+    is an error.
 
     Args:
-      y_true: labels of y_pred's shape; any dtype that `jax_bce.loss` takes.
-      y_pred: probabilities, or logits: float16, bfloat16, float32 or float64. Others are converted
-        to Keras's floatx.
-      from_logits: whether y_pred holds logits. From probabilities the gradient is 0 wherever they
-        were clipped, be the answer right or wrong: that warns once per process.
+      y_true: labels with y_pred's shape; any dtype that `jax_bce.loss` accepts for labels.
+      y_pred: probabilities or logits: float16, bfloat16, float32 or float64. Other dtypes are
+        converted to Keras's floatx.
+      from_logits: whether y_pred contains logits. The gradient of a clipped probability is 0, even
+        if the prediction is wrong: False warns about this once per process.
       label_smoothing: s in [0, 1]; a label y becomes y (1 - s) + s / 2.
       axis: the axes to average; None averages all.
 
     Returns:
-      The loss in y_pred's dtype, of its shape without the averaged axes.
+      The loss in y_pred's dtype, with its shape without the averaged axes.
 
     Derivatives:
-      As `jax_bce.loss` or `jax_bce.loss_from_probs` has them.
+      As for `jax_bce.loss` or `jax_bce.loss_from_probs`.
 
     Raises:
-      ValueError: y_true of another shape, unless it is a scalar; an axis out of range.
-      TypeError: a dtype that `jax_bce.loss` does not take.
+      ValueError: if y_true has another shape and is not a scalar, or an axis is out of range.
+      TypeError: if `jax_bce.loss` does not accept a dtype.
 
     Source:
       ``keras.losses.binary_crossentropy`` of Keras 3.
@@ -107,35 +107,35 @@ def binary_focal_crossentropy(
     label_smoothing: ArrayLike = 0.0,
     axis: int | Sequence[int] | None = -1,
 ) -> Array:
-    r"""Focal loss, the mean over an axis, called as Keras's function of this name.
+    r"""Mean focal loss over an axis, with the signature of the Keras function.
 
     .. math:: l = -\alpha_t (1 - p_t)^\gamma (y \log p + (1 - y) \log(1 - p))
 
-    with :math:`p_t = y p + (1 - y)(1 - p)`, and :math:`\alpha_t = \alpha y + (1 - \alpha)(1 - y)`
-    if the classes are balanced, else 1.
+    with :math:`p_t = y p + (1 - y)(1 - p)`. :math:`\alpha_t = \alpha y + (1 - \alpha)(1 - y)` if
+    apply_class_balancing is True, else 1.
 
-    Differs from Keras on purpose as `binary_crossentropy` does. Logits stay logits: Keras turns
-    them into probabilities, and its gradient is 0 beyond 17.
+    Deliberate differences from Keras: those of `binary_crossentropy`. Also, Keras converts logits
+    to probabilities, and its gradient is 0 beyond 17; here logits are used directly.
 
     Args:
       y_true: as for `binary_crossentropy`.
       y_pred: as for `binary_crossentropy`.
       apply_class_balancing: whether alpha is used.
-      alpha: the weight of the positive class; that of the negative class is 1 - alpha.
-      gamma: the exponent; 0 leaves the binary cross-entropy.
+      alpha: the weight of the positive class; the negative class has weight 1 - alpha.
+      gamma: the exponent; 0 gives the binary cross-entropy.
       from_logits: as for `binary_crossentropy`.
-      label_smoothing: as for `binary_crossentropy`; all of the formula sees the smoothed label.
+      label_smoothing: as for `binary_crossentropy`; the whole formula uses the smoothed label.
       axis: as for `binary_crossentropy`.
 
     Returns:
-      The loss in y_pred's dtype, of its shape without the averaged axes.
+      The loss in y_pred's dtype, with its shape without the averaged axes.
 
     Derivatives:
-      As `jax_bce.focal_loss` has them, or from probabilities, `jax_bce.loss_from_probs`; there the
-      factor (1 - p_t)^gamma has its gradient also where the logarithms' p was clipped.
+      As for `jax_bce.focal_loss`, or `jax_bce.loss_from_probs` for probabilities. The factor
+      (1 - p_t)^gamma has a gradient even if the p of the logarithms was clipped.
 
     Raises:
-      ValueError, TypeError: as `binary_crossentropy` does.
+      ValueError, TypeError: as for `binary_crossentropy`.
 
     Source:
       ``keras.losses.binary_focal_crossentropy`` of Keras 3.
@@ -153,13 +153,13 @@ def binary_focal_crossentropy(
             return jax_bce.focal_loss(x, y, alpha=balance, gamma=gamma, **keywords)
     _warn_of_probabilities()
     keywords["epsilon"] = keras.config.epsilon()
-    with renamed(**_NAMES):  # before any arithmetic, which would fail in words of its own
+    with renamed(**_NAMES):  # before any arithmetic, whose errors would be less clear
         jax.eval_shape(partial(jax_bce.loss_from_probs, **keywords), x, y)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     p, share = x.astype(wide), _number("label_smoothing", label_smoothing, wide)
     smoothed = y.astype(wide) * (1 - share) + share / 2
     wrong, power = smoothed * (1 - p) + (1 - smoothed) * p, _number("gamma", gamma, wide)
-    steep = (wrong == 0) & (power < 1)  # where the derivative of the power is infinite: 0 here
+    steep = (wrong == 0) & (power < 1)  # the power's derivative would be infinite: use 0
     weight = jnp.where(steep, power == 0, jnp.where(steep, 1, wrong) ** power)
     if apply_class_balancing:
         balance = _number("alpha", alpha, wide)
@@ -173,7 +173,7 @@ def _arguments(
     label_smoothing: ArrayLike,
     axis: int | Sequence[int] | None,
 ) -> tuple[Array, Array, dict[str, Any]]:
-    """Labels as they are, predictions as numbers that have a derivative, and common keywords."""
+    """Labels as they are, predictions in a floating-point dtype, and common keywords."""
     y, x = _tensor("y_true", y_true), _tensor("y_pred", y_pred)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(keras.config.floatx())
@@ -182,7 +182,7 @@ def _arguments(
 
 
 def _tensor(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
-    """As Keras converts it, but nothing that is no dense array of numbers."""
+    """Converts as Keras does, but only accepts dense arrays of numbers."""
     tensor: Array = keras.ops.convert_to_tensor(unwrapped(name, value), dtype)
     return tensor
 
@@ -193,22 +193,22 @@ def _number(name: str, value: ArrayLike, dtype: DTypeLike) -> Array:
 
 @cache
 def _warn_of_probabilities() -> None:
-    """Points at the line that called this package, Keras or, through it, JAX."""
+    """Warns at the line that called this package or Keras, directly or through JAX."""
     libraries = {"jax_bce", "keras", "jax", "contextlib"}
     _, level = caller(lambda module: module.partition(".")[0] in libraries)
     warnings.warn(
-        "from_logits=False: the gradient is 0 where a probability is within 1e-7 of 0 or 1, also "
-        "where it is wrong, and nothing beyond a logit of 17 trains. Use activation=None in the "
-        "last layer and from_logits=True here. Of a model that has its sigmoid, set "
+        "from_logits=False: the gradient is 0 if a probability is within 1e-7 of 0 or 1, even if "
+        "it is wrong, so elements beyond a logit of 17 do not train. Use activation=None in the "
+        "last layer and from_logits=True here. If the model already has a sigmoid, set "
         "model.layers[-1].activation = keras.activations.linear and compile it again, with "
-        "BinaryAccuracy(threshold=0) instead of 'accuracy', which compares with 0.5; where the "
-        "model must stay as it is, jax_bce.logits_of(model) is a function that returns its logits.",
+        "BinaryAccuracy(threshold=0) instead of 'accuracy', which compares with 0.5. If the "
+        "model must not change, jax_bce.logits_of(model) is a function that returns its logits.",
         stacklevel=level,
     )
 
 
 class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotations
-    """What both losses have in common: a mask selects, and a mean divides by what it sums."""
+    """Shared by both losses: the mask selects elements, and a mean counts only those."""
 
     def __call__(
         self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: ArrayLike | None = None
@@ -236,7 +236,7 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
         return total.astype(self.dtype)
 
     def _fits(self, losses: Array, weight: Array) -> None:
-        """As Keras broadcasts weights, but not to more than there are losses."""
+        """Checks that weights broadcast as in Keras, without adding elements to the losses."""
         one_each = not losses.ndim or weight.ndim <= losses.ndim
         try:
             jnp.broadcast_shapes(losses.shape, weight.shape)
@@ -246,12 +246,12 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
             hint = "pass one weight for each loss"
             if weight.ndim > losses.ndim:
                 name = type(self).__name__
-                hint = f"losses are means over axis={self.axis}; for a weight for each element, "
-                hint += f"{name}(..., axis=()) averages none, and jax_bce.loss(y_pred, y_true, "
-                hint += "weight=...) takes such weights, too"
+                hint = f"losses are means over axis={self.axis}; to weight each element, use "
+                hint += f"{name}(..., axis=()), which averages no axis, or jax_bce.loss(y_pred, "
+                hint += "y_true, weight=...)"
             elif weight.shape == losses.shape[: weight.ndim]:
                 ones = ", ".join([":"] * weight.ndim + ["None"] * (losses.ndim - weight.ndim))
-                hint = f"sample_weight[{ones}] has one for each of the first axes"
+                hint = f"use sample_weight[{ones}] for weights along the first axes"
             raise ValueError(
                 f"sample_weight of shape {weight.shape} does not fit losses of shape "
                 f"{losses.shape}: {hint}."
@@ -259,14 +259,14 @@ class _Loss(keras.losses.Loss):  # type: ignore[misc]  # Keras has no annotation
 
 
 class _Mask(keras.losses.Loss):  # type: ignore[misc]
-    """Of y_true=[1] it makes the mask that y_pred carries, or [1]; nothing public reads a mask."""
+    """Turns y_true=[1] into the mask of y_pred, or [1]: Keras has no public way to read a mask."""
 
     def call(self, y_true: Array, y_pred: Array) -> Array:
         return y_true
 
 
 def _same_rank(one: Array, other: Array) -> tuple[Array, Array]:
-    """Where ranks differ by a last dimension of 1, a vector gets one and anything else loses it."""
+    """If ranks differ by a last dimension of 1, adds it to a vector, else removes it."""
     if one.ndim > other.ndim:
         other, one = _same_rank(other, one)
     elif one.ndim + 1 == other.ndim and other.shape[-1] == 1:
@@ -275,50 +275,50 @@ def _same_rank(one: Array, other: Array) -> tuple[Array, Array]:
 
 
 def _select(kept: Array, values: Array) -> Array:
-    """0 in place of dropped values; the mask has the leading dimensions."""
+    """Replaces dropped values by 0; the mask has the leading dimensions."""
     kept = kept.reshape(kept.shape + (1,) * (values.ndim - kept.ndim))
     return jnp.where(jnp.broadcast_to(kept, values.shape), values, 0)
 
 
 class BinaryCrossentropy(_Loss, keras.losses.BinaryCrossentropy):  # type: ignore[misc]
-    """The mean of `binary_crossentropy`, called as Keras's class of this name, which it is.
+    """The mean of `binary_crossentropy`, as a subclass of the Keras class of this name.
 
-    For ``compile`` and ``fit``, with sample_weight, class_weight and masks; it is saved with the
-    model, and loaded once ``jax_bce.keras`` is imported.
+    Works in ``compile`` and ``fit``, with sample_weight, class_weight and masks. The loss is saved
+    with the model; import ``jax_bce.keras`` before loading it.
 
-    With from_logits=True, metrics get logits, too, and "accuracy" compares them with 0.5: use
-    ``keras.metrics.BinaryAccuracy(threshold=0)``, ``Precision(thresholds=0)``,
+    With from_logits=True, metrics receive logits as well, and "accuracy" compares them with 0.5.
+    Use ``keras.metrics.BinaryAccuracy(threshold=0)``, ``Precision(thresholds=0)``,
     ``Recall(thresholds=0)`` and ``AUC(from_logits=True)``.
 
-    Differs from Keras on purpose, beside what `binary_crossentropy` says: what a mask drops may be
-    NaN or infinite (Keras: NaN), "mean_with_sample_weight" divides by the sum of the weights as
-    they are broadcast (Keras returns the sum for a scalar weight), the mean of an empty batch is 0
-    (Keras returns an empty array), 16-bit losses are summed in float32, and a sample_weight with
-    more axes than the losses is an error (Keras broadcasts it where sizes happen to agree): to
-    weigh elements, of shape (B, K), pass ``axis=()``.
+    Deliberate differences from Keras, besides those of `binary_crossentropy`: masked elements may
+    be NaN or infinite (Keras: NaN), "mean_with_sample_weight" divides by the sum of the broadcast
+    weights (Keras returns the sum for a scalar weight), the mean of an empty batch is 0 (Keras
+    returns an empty array), 16-bit losses are summed in float32, and a sample_weight with more
+    axes than the losses is an error (Keras broadcasts it if sizes happen to match): to weight
+    elements of shape (B, K), pass ``axis=()``.
 
     Args:
-      from_logits: as for `binary_crossentropy`; mind the default.
+      from_logits: as for `binary_crossentropy`; note the default.
       label_smoothing: as for `binary_crossentropy`.
       axis: as for `binary_crossentropy`.
-      reduction: "sum_over_batch_size" or "mean", over the number of losses that no mask drops;
-        "mean_with_sample_weight", over the sum of their weights; "sum"; "none" or None.
+      reduction: "sum_over_batch_size" or "mean" divides by the number of unmasked losses,
+        "mean_with_sample_weight" by the sum of their weights; "sum"; "none" or None.
       name: of the loss.
-      dtype: what predictions are converted to, and the result's; None is Keras's floatx. A policy,
-        such as "mixed_bfloat16", counts as its compute_dtype. As in Keras, it is not saved.
+      dtype: of the converted predictions and of the result; by default, Keras's floatx. For a
+        policy, such as "mixed_bfloat16", its compute_dtype. As in Keras, it is not saved.
 
     Returns:
-      Called with y_true, y_pred and sample_weight (None), the loss in dtype. Where y_true and
-      y_pred differ by a last dimension of 1, a vector gets one and anything else loses it; likewise
-      losses and weights.
+      When called with y_true, y_pred and sample_weight (optional), the loss in dtype. If y_true
+      and y_pred differ by a last dimension of 1, it is added to a vector or removed from any other
+      array; likewise for losses and weights.
 
     Derivatives:
-      As `binary_crossentropy` has them; exactly 0 in what a mask drops.
+      As for `binary_crossentropy`; exactly 0 for masked elements.
 
     Raises:
-      ValueError: an unknown reduction, a sample_weight or a mask of another shape, or as
-        `binary_crossentropy` does.
-      TypeError: as `binary_crossentropy` does.
+      ValueError: if the reduction is unknown or the shape of sample_weight or a mask does not fit,
+        or as for `binary_crossentropy`.
+      TypeError: as for `binary_crossentropy`.
 
     Source:
       ``keras.losses.BinaryCrossentropy`` of Keras 3.
@@ -340,15 +340,15 @@ class BinaryCrossentropy(_Loss, keras.losses.BinaryCrossentropy):  # type: ignor
 
 
 class BinaryFocalCrossentropy(_Loss, keras.losses.BinaryFocalCrossentropy):  # type: ignore[misc]
-    """The mean of `binary_focal_crossentropy`, called as Keras's class of this name, which it is.
+    """The mean of `binary_focal_crossentropy`, as a subclass of the Keras class of this name.
 
-    Differs from Keras on purpose as `binary_focal_crossentropy` and `BinaryCrossentropy` do.
+    Deliberate differences from Keras: as for `binary_focal_crossentropy` and `BinaryCrossentropy`.
 
     Args:
       apply_class_balancing: as for `binary_focal_crossentropy`.
       alpha: as for `binary_focal_crossentropy`.
       gamma: as for `binary_focal_crossentropy`.
-      from_logits: as for `binary_crossentropy`; mind the default.
+      from_logits: as for `binary_crossentropy`; note the default.
       label_smoothing: as for `binary_focal_crossentropy`.
       axis: as for `binary_crossentropy`.
       reduction: as for `BinaryCrossentropy`.
@@ -356,13 +356,13 @@ class BinaryFocalCrossentropy(_Loss, keras.losses.BinaryFocalCrossentropy):  # t
       dtype: as for `BinaryCrossentropy`.
 
     Returns:
-      As `BinaryCrossentropy` does.
+      As for `BinaryCrossentropy`.
 
     Derivatives:
-      As `binary_focal_crossentropy` has them; exactly 0 in what a mask drops.
+      As for `binary_focal_crossentropy`; exactly 0 for masked elements.
 
     Raises:
-      ValueError, TypeError: as `BinaryCrossentropy` does.
+      ValueError, TypeError: as for `BinaryCrossentropy`.
 
     Source:
       ``keras.losses.BinaryFocalCrossentropy`` of Keras 3.
