@@ -1,6 +1,6 @@
-"""The losses of optax that this package has too, under optax's names, which is not imported here.
+"""Drop-in replacements for optax's binary losses, with the same names. Does not import optax.
 
-They broadcast where the package's own functions raise: that is what optax's callers rely on.
+Unlike the package's own functions, they broadcast labels, as callers of optax expect.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
@@ -15,28 +15,28 @@ from jax_bce._relatives import focal_loss
 
 
 def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
-    r"""Binary cross-entropy of each element, called as optax's function of this name.
+    r"""Binary cross-entropy of each element, with the signature of the optax function.
 
     .. math:: l = y \log(1 + e^{-x}) + (1 - y) \log(1 + e^{x})
 
-    Differs from optax on purpose: no result is flushed to zero or NaN (at (-90, 0) the loss is
-    8.19e-40, optax's 0; at (inf, 1) it is 0, optax's NaN), and labels are read as they are stored,
-    where optax rounds them to the logits' dtype first.
+    Deliberate differences from optax: no result is flushed to zero or NaN (at (-90, 0) the loss is
+    8.19e-40, optax's is 0; at (inf, 1) it is 0, optax's is NaN), and labels are read as stored
+    (optax first rounds them to the logits' dtype).
 
     Args:
       logits: float16, bfloat16, float32 or float64, any shape.
-      labels: any dtype that `jax_bce.loss` takes, any shape that broadcasts with the logits'. Mind
-        that (n, 1) with (n,) is n by n elements.
+      labels: any dtype that `jax_bce.loss` accepts, any shape that broadcasts with the logits.
+        Note that (n, 1) and (n,) broadcast to n by n elements.
 
     Returns:
-      The losses, of the broadcast shape, in the logits' dtype.
+      The losses, with the broadcast shape, in the logits' dtype.
 
     Derivatives:
-      As `jax_bce.loss` has them, with respect to logits and float labels.
+      As for `jax_bce.loss`, with respect to logits and float labels.
 
     Raises:
-      TypeError: a dtype that `jax_bce.loss` does not take; optax raises ValueError for logits.
-      ValueError: shapes that do not broadcast.
+      TypeError: if `jax_bce.loss` does not accept a dtype; optax raises ValueError for logits.
+      ValueError: if shapes do not broadcast.
 
     Source:
       ``optax.sigmoid_binary_cross_entropy`` of optax 0.2.8.
@@ -58,7 +58,7 @@ def sigmoid_focal_loss(
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
 ) -> Array:
-    r"""Focal loss of each element, called as optax's function of this name.
+    r"""Focal loss of each element, with the signature of the optax function.
 
     .. math:: l = \alpha_t (1 - p_t)^\gamma \left(y \log(1 + e^{-x})
         + (1 - y) \log(1 + e^{x})\right)
@@ -66,23 +66,23 @@ def sigmoid_focal_loss(
     with :math:`p_t = y \sigma(x) + (1 - y) \sigma(-x)` and
     :math:`\alpha_t = \alpha y + (1 - \alpha)(1 - y)`.
 
-    Differs from optax on purpose: at an infinite logit optax's loss or gradient is NaN, here both
-    have their limits; labels are read as they are stored.
+    Deliberate differences from optax: an infinite logit gives the limits of loss and gradient
+    (one of optax's is NaN), and labels are read as stored.
 
     Args:
       logits: as for `sigmoid_binary_cross_entropy`.
       labels: as for `sigmoid_binary_cross_entropy`.
-      alpha: the weight of the positive class; None weights neither.
-      gamma: the exponent; 0 is `sigmoid_binary_cross_entropy`.
+      alpha: the weight of the positive class. If None, neither class is weighted.
+      gamma: the exponent; 0 gives `sigmoid_binary_cross_entropy`.
 
     Returns:
-      The losses, of the broadcast shape, in the logits' dtype.
+      The losses, with the broadcast shape, in the logits' dtype.
 
     Derivatives:
-      As `jax_bce.focal_loss` has them.
+      As for `jax_bce.focal_loss`.
 
     Raises:
-      TypeError, ValueError: as `sigmoid_binary_cross_entropy` does.
+      TypeError, ValueError: as for `sigmoid_binary_cross_entropy`.
 
     Source:
       ``optax.sigmoid_focal_loss`` of optax 0.2.8.
@@ -99,7 +99,7 @@ def sigmoid_focal_loss(
 
 
 def _broadcast(logits: ArrayLike, labels: ArrayLike) -> tuple[AnyArray, AnyArray]:
-    """Of one shape, but for one label for all, which is read in place."""
+    """Broadcasts both to one shape; a scalar label is left as it is."""
     x, y = operand("logits", logits), operand("labels", labels)
     if y.ndim and x.shape != y.shape:
         x, y = jnp.broadcast_arrays(x, y)
