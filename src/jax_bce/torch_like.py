@@ -1,6 +1,6 @@
-"""The losses of PyTorch and torchvision that this package has too, under their names.
+"""Drop-in replacements for the binary losses of PyTorch and torchvision, with the same names.
 
-They take JAX arrays, and import neither. A result has the input's dtype, reduced or not, as there.
+They take JAX arrays and import neither library. As in PyTorch, results have the input's dtype.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
@@ -30,36 +30,36 @@ def binary_cross_entropy_with_logits(
     reduction: Reduction = "mean",
     pos_weight: ArrayLike | None = None,
 ) -> Array:
-    r"""Binary cross-entropy, called as ``torch.nn.functional.binary_cross_entropy_with_logits``.
+    r"""Binary cross-entropy, like ``torch.nn.functional.binary_cross_entropy_with_logits``.
 
-    With :math:`w` for weight and :math:`q` for pos_weight, each element is
+    With weight :math:`w` and pos_weight :math:`q`, the loss of each element is
 
     .. math:: l = w \left(q y \log(1 + e^{-x}) + (1 - y) \log(1 + e^{x})\right)
 
-    Differs from PyTorch on purpose: the tails are exact (at (-20, 0) the loss is 2.06e-09,
-    PyTorch's 0; at (20, 1) the gradient is -2.06e-09, PyTorch's 0), infinite logits have their
-    limits, a mean of no elements is 0 rather than NaN, and target may be of any dtype that
-    `jax_bce.loss` takes for labels. The deprecated size_average and reduce, which stand between
-    weight and reduction in PyTorch, do not exist.
+    Deliberate differences from PyTorch: the tails are exact (at (-20, 0) the loss is 2.06e-09,
+    PyTorch's is 0; at (20, 1) the gradient is -2.06e-09, PyTorch's is 0), infinite logits give the
+    limits, a mean of no elements is 0 rather than NaN, and target may have any dtype that
+    `jax_bce.loss` accepts for labels. The deprecated size_average and reduce, which come between
+    weight and reduction in PyTorch, are not supported.
 
     Args:
       input: float16, bfloat16, float32 or float64, any shape.
-      target: of input's shape.
-      weight: of each element, of a shape that broadcasts to input's.
-      reduction: "mean", over the number of elements, whatever their weight; "sum" or "none".
-      pos_weight: multiplies the first term, of a shape that broadcasts to input's.
+      target: labels with input's shape.
+      weight: a factor for each element; its shape broadcasts to input's.
+      reduction: "mean" divides by the number of elements, whatever their weight; "sum" or "none".
+      pos_weight: multiplies the first term; its shape broadcasts to input's.
 
     Returns:
-      The loss in input's dtype. A sum in float16 overflows beyond 65,504; `jax_bce.loss` returns
+      The loss in input's dtype. A float16 sum overflows beyond 65,504; `jax_bce.loss` returns
       float32.
 
     Derivatives:
-      As `jax_bce.loss` has them, with respect to input, float target, weight and pos_weight.
+      As for `jax_bce.loss`, with respect to input, float target, weight and pos_weight.
 
     Raises:
-      ValueError: target of another shape, be it a scalar; a weight that does not broadcast; a
-        reduction that PyTorch does not have.
-      TypeError: a dtype that `jax_bce.loss` does not take.
+      ValueError: if target has another shape, even a scalar; if a weight does not broadcast; or if
+        PyTorch does not have the reduction.
+      TypeError: if `jax_bce.loss` does not accept a dtype.
 
     Source:
       ``torch.nn.functional.binary_cross_entropy_with_logits`` of PyTorch 2.13.
@@ -83,33 +83,32 @@ def binary_cross_entropy(
     weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
 ) -> Array:
-    r"""Binary cross-entropy of probabilities, called as ``torch.nn.functional``'s of this name.
+    r"""Binary cross-entropy of probabilities, like ``torch.nn.functional.binary_cross_entropy``.
 
     .. math:: l = -w \left(y \max(\log p, -100) + (1 - y) \max(\log(1 - p), -100)\right)
 
-    Where p is a rounded sigmoid, the logit's tails are lost already: prefer
-    `binary_cross_entropy_with_logits`.
+    A rounded sigmoid has already lost the logit's tails: prefer `binary_cross_entropy_with_logits`.
 
-    Differs from PyTorch on purpose: the gradient is that of the formula, 0 where a logarithm is
+    Deliberate differences from PyTorch: the gradient is that of the formula, 0 if a logarithm is
     clamped (PyTorch's is p - y divided by p (1 - p) or 1e-12, whichever is larger), a mean of no
-    elements is 0 rather than NaN, the loss of a p outside [0, 1] is NaN (PyTorch raises), and
-    target may be of any dtype that `jax_bce.loss` takes for labels. The deprecated size_average and
-    reduce do not exist.
+    elements is 0 rather than NaN, the loss is NaN if p is outside [0, 1] (PyTorch raises), and
+    target may have any dtype that `jax_bce.loss` accepts for labels. The deprecated size_average
+    and reduce are not supported.
 
     Args:
       input: probabilities p in [0, 1]: float16, bfloat16, float32 or float64, any shape.
-      target: of input's shape.
-      weight: of each element, of a shape that broadcasts to input's.
-      reduction: "mean", over the number of elements, whatever their weight; "sum" or "none".
+      target: labels with input's shape.
+      weight: a factor for each element; its shape broadcasts to input's.
+      reduction: "mean" divides by the number of elements, whatever their weight; "sum" or "none".
 
     Returns:
       The loss in input's dtype.
 
     Derivatives:
-      As `jax_bce.loss_from_probs` has them where no logarithm is clamped.
+      As for `jax_bce.loss_from_probs` if no logarithm is clamped.
 
     Raises:
-      TypeError, ValueError: as `binary_cross_entropy_with_logits` does.
+      TypeError, ValueError: as for `binary_cross_entropy_with_logits`.
 
     Source:
       ``torch.nn.functional.binary_cross_entropy`` of PyTorch 2.13.
@@ -125,7 +124,7 @@ def binary_cross_entropy(
     p, y = _of_one_shape(input=input, target=target)
     wide = jnp.promote_types(p.dtype, jnp.float32)
     with renamed(logits="input", probs="input", labels="target"):
-        unlikely = p < 0.5  # the label whose logarithm may be clamped; the other's is next to 0
+        unlikely = p < 0.5  # the label whose logarithm may be clamped; the other's is close to 0
         clamped = loss_from_probs(jax.lax.stop_gradient(p), unlikely, reduction="none") >= 100
         inside = jnp.where(clamped, 0.5, p)
         losses = loss_from_probs(inside, y, weight=weight, reduction="none", dtype=wide)
@@ -138,7 +137,7 @@ def binary_cross_entropy(
 
 @dataclass(eq=False)
 class BCEWithLogitsLoss:
-    """`binary_cross_entropy_with_logits` as an object, called as ``torch.nn``'s of this name.
+    """`binary_cross_entropy_with_logits` as an object, like ``torch.nn.BCEWithLogitsLoss``.
 
     Args:
       weight: as for `binary_cross_entropy_with_logits`.
@@ -146,14 +145,15 @@ class BCEWithLogitsLoss:
       pos_weight: as for `binary_cross_entropy_with_logits`.
 
     Returns:
-      Called with input and target, what `binary_cross_entropy_with_logits` does.
+      When called with input and target, as for `binary_cross_entropy_with_logits`.
 
     Derivatives:
-      As `binary_cross_entropy_with_logits` has them.
+      As for `binary_cross_entropy_with_logits`.
 
     Raises:
-      ValueError: an unknown reduction; when called, as `binary_cross_entropy_with_logits` does.
-      TypeError: when called, as `binary_cross_entropy_with_logits` does.
+      ValueError: if the reduction is unknown; when called, as for
+        `binary_cross_entropy_with_logits`.
+      TypeError: when called, as for `binary_cross_entropy_with_logits`.
 
     Source:
       ``torch.nn.BCEWithLogitsLoss`` of PyTorch 2.13.
@@ -183,21 +183,21 @@ class BCEWithLogitsLoss:
 
 @dataclass(eq=False)
 class BCELoss:
-    """`binary_cross_entropy` as an object, called as ``torch.nn``'s of this name.
+    """`binary_cross_entropy` as an object, like ``torch.nn.BCELoss``.
 
     Args:
       weight: as for `binary_cross_entropy`.
       reduction: as for `binary_cross_entropy`.
 
     Returns:
-      Called with input and target, what `binary_cross_entropy` does.
+      When called with input and target, as for `binary_cross_entropy`.
 
     Derivatives:
-      As `binary_cross_entropy` has them.
+      As for `binary_cross_entropy`.
 
     Raises:
-      ValueError: an unknown reduction; when called, as `binary_cross_entropy` does.
-      TypeError: when called, as `binary_cross_entropy` does.
+      ValueError: if the reduction is unknown; when called, as for `binary_cross_entropy`.
+      TypeError: when called, as for `binary_cross_entropy`.
 
     Source:
       ``torch.nn.BCELoss`` of PyTorch 2.13.
@@ -222,10 +222,10 @@ class BCELoss:
 
 
 def _constructed(name: str, reduction: object) -> None:
-    """An error for an unknown reduction, or a batch that was passed instead of options."""
+    """Raises if the reduction is unknown, or if a batch was passed instead of options."""
     if hasattr(reduction, "shape") or isinstance(reduction, list | tuple):
         raise TypeError(
-            f"{name} is constructed first, and called with input and target then: "
+            f"{name} must be constructed before it is called with input and target: "
             f"{name}()(input, target)."
         )
     one_of("reduction", reduction, get_args(Reduction))
@@ -238,7 +238,7 @@ def sigmoid_focal_loss(
     gamma: ArrayLike = 2,
     reduction: Reduction = "none",
 ) -> Array:
-    r"""Focal loss, called as ``torchvision.ops.sigmoid_focal_loss``.
+    r"""Focal loss, like ``torchvision.ops.sigmoid_focal_loss``.
 
     .. math:: l = \alpha_t (1 - p_t)^\gamma \left(y \log(1 + e^{-x})
         + (1 - y) \log(1 + e^{x})\right)
@@ -246,27 +246,27 @@ def sigmoid_focal_loss(
     with :math:`p_t = y \sigma(x) + (1 - y) \sigma(-x)` and
     :math:`\alpha_t = \alpha y + (1 - \alpha)(1 - y)`.
 
-    Differs from torchvision on purpose: the tails are exact (at (-20, 0) the loss is 8.76e-27,
-    torchvision's 0), infinite logits have their limits, the gradient for a gamma below 1 is finite
+    Deliberate differences from torchvision: the tails are exact (at (-20, 0) the loss is 8.76e-27,
+    torchvision's is 0), infinite logits give the limits, the gradient for gamma below 1 is finite
     everywhere (torchvision's is NaN from ``|x| = 17`` on), a mean of no elements is 0, and an
     unknown reduction is an error.
 
     Args:
-      inputs: as input of `binary_cross_entropy_with_logits`.
-      targets: of inputs' shape.
-      alpha: the weight of the positive class; below 0, or None, there is none, as long as alpha is
-        not traced: a traced alpha is taken at its value.
-      gamma: the exponent; 0 leaves the binary cross-entropy.
+      inputs: like input of `binary_cross_entropy_with_logits`.
+      targets: labels with inputs' shape.
+      alpha: the weight of the positive class. If None or negative, neither class is weighted. A
+        traced alpha is always used as it is.
+      gamma: the exponent; 0 gives the binary cross-entropy.
       reduction: "none", "mean" or "sum".
 
     Returns:
       The loss in inputs' dtype.
 
     Derivatives:
-      As `jax_bce.focal_loss` has them.
+      As for `jax_bce.focal_loss`.
 
     Raises:
-      TypeError, ValueError: as `binary_cross_entropy_with_logits` does.
+      TypeError, ValueError: as for `binary_cross_entropy_with_logits`.
 
     Source:
       ``torchvision.ops.sigmoid_focal_loss``.
@@ -287,21 +287,21 @@ def sigmoid_focal_loss(
 
 
 def _is_negative(alpha: ArrayLike) -> bool:
-    """Whether this is a number below 0, which a traced one is not known to be."""
+    """Whether this is a number below 0; False for a traced number, whose value is unknown."""
     number = known(typed("alpha", alpha))
     return number is not None and number.ndim == 0 and bool(number < 0)
 
 
 def _of_one_shape(**operands: ArrayLike) -> tuple[AnyArray, AnyArray]:
-    """Two arrays, or an error with the names that PyTorch gives them."""
+    """Returns two arrays of one shape; errors use PyTorch's names of the arguments."""
     (one, x), (other, y) = ((name, operand(name, value)) for name, value in operands.items())
     if x.shape != y.shape:
         name = spelled(other, operands[other])
         hint = fixes_of_labels(name, y, x.shape, one)
         if not hint and x.size == y.size:
-            hint = f"{name}.reshape({one}.shape) rearranges it"
+            hint = f"use {name}.reshape({one}.shape) if the order of its elements is right"
         raise ValueError(
             f"{other} of shape {y.shape} does not match {one} of shape {x.shape}: "
-            f"{hint or f'pass one number for each of {one}'}."
+            f"{hint or f'pass one number for each element of {one}'}."
         )
     return x, y
