@@ -56,8 +56,8 @@ def focal_loss(
     .. math:: l = \alpha_t (1 - p_t)^\gamma \left(-y \log p - (1 - y) \log(1 - p)\right),
 
     with :math:`p = \sigma(x)`, :math:`p_t = y p + (1 - y) (1 - p)` and :math:`\alpha_t = \alpha y +
-    (1 - \alpha) (1 - y)`, in nats. The power is computed from a logarithm that is
-    formed from the logit, so nothing vanishes or overflows in either tail.
+    (1 - \alpha) (1 - y)`, in nats. The power is computed from a logarithm that is formed
+    from the logit, so nothing vanishes or overflows in either tail.
 
     Args:
       logits: as for `loss`.
