@@ -1,4 +1,4 @@
-"""What an operand's axes may be of the logits', said as an index that makes them just that."""
+"""Suggests how to index an operand so that its axes line up with those of the logits."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_MOST = 6  # that a message lists
+_MOST = 6  # suggestions in one message
 
 
 def spelled(name: str, value: Any) -> str:
-    """The name of what a user passed, or of what becomes of it, which has an index."""
+    """The argument's name, converted to an array if the user passed something else."""
     return name if isinstance(value, Array | np.ndarray) else f"jnp.asarray({name})"
 
 
 def _readings(own: Sequence[int], shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The logits' axes, in order, that axes of these sizes may be; those of size 1 are none."""
+    """The logits' axes, in order, that may match axes of these sizes; ignores axes of size 1."""
     sizes = [size for size in own if size != 1]
     every = itertools.combinations(range(len(shape)), len(sizes))
     fits = (axes for axes in every if all(shape[a] == d for a, d in zip(axes, sizes, strict=True)))
@@ -25,9 +25,9 @@ def _readings(own: Sequence[int], shape: Sequence[int]) -> list[tuple[int, ...]]
 
 
 def _indexed(name: str, own: Sequence[int], axes: Sequence[int], rank: int, strip: bool) -> str:
-    """The operand with its axes at those of the logits, and sizes of 1 at the others.
+    """Indexes the operand to move its axes to those of the logits, with size 1 elsewhere.
 
-    Sizes of 1 that the operand has already stay, or go where they are too many.
+    Existing axes of size 1 are kept, or removed if there are too many.
     """
     index: list[str] = []
     ends = iter([*axes, rank])
@@ -64,9 +64,9 @@ def fixes(
     of: str = "logits",
     full: bool = False,
 ) -> str:
-    """The fix for each of the readings, with what the operand becomes in it; "" for none.
+    """The fix for each possible match, with the indexed operand filled in; "" if none matches.
 
-    That has as many axes as the logits if it is to be full, else no size of 1 in front.
+    If `full`, the operand gets as many axes as the logits, otherwise no leading axes of size 1.
     """
     texts: list[str] = []
     for axes in _readings(own, shape):
@@ -77,7 +77,7 @@ def fixes(
 
 
 def fixes_of_labels(name: str, labels: Array | np.ndarray, shape: Sequence[int], of: str) -> str:
-    """What to do about labels of another shape: all that they may mean; "" for nothing."""
+    """All fixes for labels of another shape, one for each meaning; "" if there is none."""
     own = labels.shape
     if [size for size in own if size != 1] == [size for size in shape if size != 1]:
         return f"reshape one to the other, for example {name}.reshape({of}.shape)"
@@ -92,7 +92,7 @@ def fixes_of_labels(name: str, labels: Array | np.ndarray, shape: Sequence[int],
 
 
 def _class_indices(name: str, own: Sequence[int], shape: Sequence[int]) -> list[str]:
-    """One-hot labels for each axis that may be that of the classes, the last one first."""
+    """One-hot labels for each axis that may be the class axis, the last one first."""
     texts: list[str] = []
     for axis in reversed(range(len(shape))):
         before, after = tuple(shape[:axis]), tuple(shape[axis + 1 :])
