@@ -522,7 +522,7 @@ MESSAGES = [
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2]},
         ValueError,
         "weight of shape (2,) cannot be broadcast to logits of shape (4,): pass one number, or "
-        "shape (4,); for one weight for each class of integer labels, weight[labels].",
+        "shape (4,); for one weight per class of integer labels, weight[labels].",
         {"logits": LOGITS[:, 0], "labels": LABELS[:, 0], "weight": ONES[:2][LABELS[:, 0]]},
     ),
     (
@@ -687,7 +687,7 @@ def test_text_is_no_array_of_numbers() -> None:
 def test_unknown_keywords_name_the_function_that_was_called(name: str, keyword: str) -> None:
     with pytest.raises(TypeError) as error:
         invoke(name, {keyword: True})
-    hint = ": residuals is an option of jax_bce.loss alone."
+    hint = ": only jax_bce.loss has the option residuals."
     message = f"{name}() got an unexpected keyword argument '{keyword}'"
     assert str(error.value) == message + hint * (keyword == "residuals" and name in WEIGHTED)
 

@@ -1,4 +1,4 @@
-"""What a user passes, checked before anything is computed."""
+"""Checks a user's arguments before anything is computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reduction = Literal["none", "sum", "mean", "weighted_mean"]
 Implementation = Literal["cpu", "cuda", "xla"]
 Residuals = Literal["gradient", "recompute"]
 
-_SAME = {  # what Keras and others call a reduction
+_SAME = {  # the names of Keras and others for a reduction
     None: "none",
     "average": "mean",
     "avg": "mean",
@@ -38,7 +38,7 @@ _FUNCTION = TypeVar("_FUNCTION", bound=Callable[..., Any])
 
 
 class Keywords(TypedDict, total=False):
-    """The keywords of `jax_bce.loss` that all its relatives take, too."""
+    """The keywords of `jax_bce.loss` that all related losses accept as well."""
 
     weight: ArrayLike | None
     sample_weight: ArrayLike | None
@@ -52,12 +52,12 @@ class Keywords(TypedDict, total=False):
     implementation: Implementation | None
 
 
-_RESIDUALS = "residuals is an option of jax_bce.loss alone"
-_INSTEAD = {  # of keywords of `loss` that a relative does not take
+_RESIDUALS = "only jax_bce.loss has the option residuals"
+_INSTEAD = {  # what to use in place of a keyword of `loss` that a related loss does not accept
     ("focal_loss", "pos_weight"): "alpha is the weight of the positive class",
     ("asymmetric_loss", "pos_weight"): (
-        "weight=jnp.where(labels == 1, pos_weight, 1) does that; gamma_neg and gamma_pos, or alpha "
-        "of focal_loss, are other ways to treat the classes apart"
+        "use weight=jnp.where(labels == 1, pos_weight, 1); gamma_neg and gamma_pos, or alpha of "
+        "focal_loss, are other ways to treat the classes differently"
     ),
     ("loss_and_grad", "residuals"): _RESIDUALS,
     ("focal_loss", "residuals"): _RESIDUALS,
@@ -67,14 +67,14 @@ _INSTEAD = {  # of keywords of `loss` that a relative does not take
 
 
 def only_known(function: str, keywords: Keywords) -> None:
-    """Python's own error where keywords have a type, but no check."""
+    """Raises Python's usual error for an unknown keyword, which ``**keywords`` would accept."""
     for name in keywords.keys() - Keywords.__annotations__.keys():
         hint = f": {_INSTEAD[function, name]}." if (function, name) in _INSTEAD else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def shows_keywords(function: _FUNCTION) -> _FUNCTION:
-    """The function, whose signature shows what it takes as ``**keywords``."""
+    """Gives the function a signature that lists the keywords behind ``**keywords``."""
     signature, shared = inspect.signature(function), inspect.signature(checked).parameters
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     keywords = [shared[name] for name in Keywords.__annotations__]
@@ -83,7 +83,7 @@ def shows_keywords(function: _FUNCTION) -> _FUNCTION:
 
 
 class Options(NamedTuple):
-    """What is static under jit."""
+    """The options that are static under jit."""
 
     name: str  # of the logits
     axes: tuple[int, ...]
@@ -93,7 +93,7 @@ class Options(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A call that was checked: its arrays by name, which may be traced, and the rest."""
+    """The checked arguments of a call: arrays by name, which may be traced, and options."""
 
     arrays: dict[str, AnyArray]
     options: Options
@@ -101,7 +101,7 @@ class Arguments(NamedTuple):
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     same = None
-    if isinstance(value, str | None):  # an array is not compared, nor printed
+    if isinstance(value, str | None):  # arrays are neither compared nor printed
         if value in allowed:
             return
         same = _SAME.get(value)
@@ -144,7 +144,7 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
 
 
 def _smoothing(value: ArrayLike) -> AnyArray | None:
-    """The share s, or None where it is known to be 0."""
+    """The smoothing s, or None if it is known to be 0."""
     array = ranged("label_smoothing", value)
     if array.ndim:
         raise ValueError(f"label_smoothing must be one number, got shape {array.shape}.")
@@ -153,7 +153,7 @@ def _smoothing(value: ArrayLike) -> AnyArray | None:
 
 
 def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
-    """What NumPy broadcasts to the logits' shape."""
+    """An array that NumPy would broadcast to the logits' shape."""
     array = operand(name, value)
     aligned = (1,) * (len(shape) - array.ndim) + array.shape
     if len(aligned) != len(shape) or not _broadcasts(aligned, shape):
@@ -166,11 +166,11 @@ def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
 
 
 def _expected_trailing(name: str, value: Any, own: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What would fit, where no axes of the logits do."""
+    """The shapes that would fit, for an operand that matches no axes of the logits."""
     shapes = [f"shape {shape[-rank:]}" for rank in range(1, len(shape) + 1)]
     text = ", or ".join(["pass one number", *shapes])
     if name == "weight" and own == (2,):
-        text += f"; for one weight for each class of integer labels, {spelled(name, value)}[labels]"
+        text += f"; for one weight per class of integer labels, {spelled(name, value)}[labels]"
     return text
 
 
@@ -179,7 +179,7 @@ def _broadcasts(own: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def _check_leading(name: str, own: tuple[int, ...], shape: tuple[int, ...], hint: str) -> None:
-    """One for each index of the first axes, or, then with sizes of 1 behind them, of all."""
+    """Raises unless the shape equals the first axes of the logits, plus optional axes of size 1."""
     fits = len(own) <= len(shape)
     if fits:
         kept = next((d for d in range(len(own), 0, -1) if own[d - 1] != 1), 0)
@@ -212,14 +212,14 @@ def _where(value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
 
 
 def _holds(dtype: np.dtype, number: float) -> bool:
-    """Whether an integer dtype, or bool, has that number."""
+    """Whether an integer dtype, or bool, can hold the number."""
     info = np.iinfo(dtype if dtype.kind in "iu" else np.uint8)
     low, high = (0, 1) if dtype.kind == "b" else (info.min, info.max)
     return number.is_integer() and low <= number <= high
 
 
 def _ignored(value: ArrayLike, labels: AnyArray) -> AnyArray:
-    """The label to ignore, which the labels' dtype must hold."""
+    """The label to ignore. The labels' dtype must be able to hold it."""
     given = typed("ignore_label", value)
     if given.ndim:
         raise ValueError(f"ignore_label must be one number, got shape {given.shape}.")
@@ -244,7 +244,7 @@ def _like_result(value: ArrayLike, own: tuple[int, ...], kept: tuple[int, ...]) 
 
 
 def _normalizer(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> AnyArray:
-    """One number, or one for each that the result has."""
+    """A number, or an array of the result's shape."""
     array = operand("normalizer", value)
     kept = tuple(size for a, size in enumerate(shape) if a not in axes)
     if array.ndim and array.shape != kept:
@@ -273,9 +273,9 @@ def checked(
     name: str = "logits",
     numbers: Mapping[str, ArrayLike] = MappingProxyType({}),
 ) -> Arguments:
-    """The arguments of `jax_bce.loss`, which documents them, and numbers of one of its relatives.
+    """Checks the arguments of `jax_bce.loss`, and the numbers of a related loss.
 
-    Each of those is one number, or one for each class, in the range that its name has.
+    `numbers` maps names to numbers, or to one number per class, in the range for that name.
     """
     refuse_keras()
     one_of("reduction", reduction, get_args(Reduction))
