@@ -270,7 +270,9 @@ def test_memory_of_the_host(platform: str, function: Callable, name: str, jit: b
     device = next(iter(operands[name].devices()))
     host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
     operands[name] = jax.device_put(operands[name], host)
-    with pytest.raises(ValueError, match=rf"{name} are in the host.*jax\.memory\.Space\.Device"):
+    with pytest.raises(
+        ValueError, match=rf"{name} must be in device memory.*jax\.memory\.Space\.Device"
+    ):
         (jax.jit(function) if jit else function)(**operands)
 
 

@@ -282,7 +282,10 @@ REFUSED = {
     "array of text": (np.array(["yes", "no"]), "got ndarray of text: pass numbers"),
     "digits": (np.array(["1", "0"]), "got ndarray of text: use {}.astype(jnp.float32)"),
     "objects": (np.array([1, 0.5], object), "of dtype object: use {}.astype(jnp.float32)"),
-    "missing objects": (np.array([1, None], object), "of dtype object: some are missing, fill"),
+    "missing objects": (
+        np.array([1, None], object),
+        "of dtype object: some values are missing, fill",
+    ),
     "dates": (np.array(["2026-11-29"], "M8[D]"), "of dtype datetime64[D]: pass numbers."),
     "date objects": (np.array([date(2026, 11, 29)], object), "of dtype object: pass numbers."),
     "records": (np.zeros(3, [("a", "f4"), ("b", "f4")]), "such as {}['a']"),
@@ -293,14 +296,20 @@ REFUSED = {
     "set": ({0, 1}, "got set: pass numbers"),
     "None in a list": ([1.0, None], "got NoneType: pass numbers"),
     "key": (jax.random.key(0), "of dtype key<fry>: pass numbers"),
-    "pandas": (Column(1, None), "got Column: some are missing, fill them or drop their rows"),
-    "polars": (Nulls([1, np.nan]), "got Nulls: some are missing, fill them or drop their rows"),
+    "pandas": (
+        Column(1, None),
+        "got Column: some values are missing, fill them or drop their rows",
+    ),
+    "polars": (
+        Nulls([1, np.nan]),
+        "got Nulls: some values are missing, fill them or drop their rows",
+    ),
     "masked": (
         np.ma.array([1, 2], mask=[0, 1]),
-        "got MaskedArray: some are masked, use {0}.filled(0) with where=~{0}.mask",
+        "got MaskedArray: some values are masked, use {0}.filled(0) with where=~{0}.mask",
     ),
     "tensor": (Tensor(), "got Tensor: use jnp.from_dlpack({}.detach())"),
-    "ragged": ([[1.0, 2.0], [3.0]], "is a list of (2,) and (1,): pass arrays of one shape"),
+    "ragged": ([[1.0, 2.0], [3.0]], "has arrays of shapes (2,) and (1,): pass arrays of one shape"),
 }
 WAYS_IN = {
     "logits": lambda value: jax_bce.loss(value, LABELS),
@@ -403,7 +412,7 @@ def test_sparse_labels_are_refused_before_they_are_read() -> None:
 @pytest.mark.parametrize("value", [2**40, np.array([1, -(2**31) - 1, 3]), [2**31, 1, 1]], ids=str)
 def test_integers_beyond_32_bits(value: object) -> None:
     """JAX would keep their last bits."""
-    with pytest.raises(ValueError, match=r"weight holds .*np\.float32\(weight\)"):
+    with pytest.raises(ValueError, match=r"weight contains .*np\.float32\(weight\)"):
         call("weight", value)
     jax.eval_shape(lambda: call("weight", np.float32(value)))
     with jax.enable_x64(True):

@@ -1,7 +1,7 @@
-"""The one way in: what a user passes as an array or a number, or why not and what to pass instead.
+"""Converts what a user passes to arrays, or raises an error that says what to pass instead.
 
-A value that is known stays a NumPy array until `operand`: under jit, jnp.asarray would trace it,
-and its range could not be checked.
+A known value stays a NumPy array until `operand`: under jit, jnp.asarray would trace it, and its
+range could not be checked.
 """
 
 import functools
@@ -20,13 +20,13 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 NUMBERS = (*FLOATS, "bool", "int8", "uint8", "int16", "int32", "int64")
 _PLAIN = (bool, int, float, complex)
 _PYTHON = (*_PLAIN, np.generic)
-_SCORES = ("logits", "probs", "input", "inputs", "y_pred")  # what a model returns
+_SCORES = ("logits", "probs", "input", "inputs", "y_pred")  # outputs of a model
 _LABELS = ("labels", "target", "targets", "y_true")
 _MISSING = ("NoneType", "NAType", "NaTType")
 
 
 def unwrapped(name: str, value: ArrayLike) -> AnyArray:
-    """The array that a value is, wraps or holds: JAX's, traced or not, or NumPy's."""
+    """The JAX array (traced or not) or NumPy array that a value is, wraps or converts to."""
     if isinstance(value, Array):
         return value
     if isinstance(value, _PLAIN):
@@ -51,21 +51,22 @@ def _no_numbers(name: str, what: str, problem: str) -> TypeError:
 
 
 def _stacked(name: str, values: Sequence[Any]) -> AnyArray:
-    """A list of numbers, or of anything else that is let in."""
+    """The array for a list of numbers, or of anything else that is accepted."""
     if all(isinstance(value, _PYTHON) for value in values):
         return np.asarray(values)
     _refuse_outputs(name, values)
     parts = [unwrapped(name, value) for value in values]
     shapes = dict.fromkeys(str(part.shape) for part in parts)
     if len(shapes) > 1:
-        raise ValueError(f"{name} is a list of {' and '.join(shapes)}: pass arrays of one shape.")
+        found = " and ".join(shapes)
+        raise ValueError(f"{name} has arrays of shapes {found}: pass arrays of one shape.")
     if any(isinstance(part, jax.core.Tracer) for part in parts):
         return jnp.stack([jnp.asarray(part) for part in parts])
     return np.stack([np.asarray(part) for part in parts])
 
 
 def _refuse_outputs(name: str, values: Sequence[Any]) -> None:
-    """An error for what a model returns beside its scores: states, None, or more arrays."""
+    """Raises if a model returned more than its scores: states, None, or several arrays."""
     arrays = [i for i, value in enumerate(values) if getattr(value, "ndim", 0)]
     odd = any(isinstance(v, dict) or (v is None and arrays) for v in values)
     if odd or (arrays and isinstance(values, tuple) and name in _SCORES):
@@ -74,14 +75,14 @@ def _refuse_outputs(name: str, values: Sequence[Any]) -> None:
 
 
 def _problem(name: str, value: Any) -> str | None:
-    """What NumPy would convert wrongly, slowly or not at all, and what to do about it."""
+    """How to fix a value that NumPy would convert wrongly, slowly or not at all, or None."""
     for method in ("toarray", "todense"):  # of SciPy, and of jax.experimental.sparse
         if hasattr(value, method):
             return f"it is sparse, use {name}.{method}()"
     if getattr(value, "is_sparse", False) is True:
         return f"it is sparse, use {name}.to_dense()"
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        return f"some are masked, use {name}.filled(0) with where=~{name}.mask"
+        return f"some values are masked, use {name}.filled(0) with where=~{name}.mask"
     if _has_missing(value):
         return _fill(name)
     if isinstance(value, dict) and value:
@@ -100,7 +101,7 @@ def _problem(name: str, value: Any) -> str | None:
 
 
 def _has_missing(value: Any) -> bool:
-    """Whether a column of pandas, Polars or Arrow has missing values, which NumPy makes NaN."""
+    """Whether a pandas, Polars or Arrow column has missing values, which NumPy converts to NaN."""
     if hasattr(value, "null_count"):
         count = value.null_count
         return bool(np.any(np.asarray(count() if callable(count) else count)))
@@ -111,11 +112,11 @@ def _has_missing(value: Any) -> bool:
 
 def _fill(name: str) -> str:
     marked = ", for example labels.fillna(-1) with ignore_label=-1" if name == "labels" else ""
-    return f"some are missing, fill them or drop their rows{marked}"
+    return f"some values are missing, fill them or drop their rows{marked}"
 
 
 def known(array: AnyArray) -> np.ndarray | None:
-    """The numbers, unless they are traced, or lie in part with other processes."""
+    """The numbers, or None if they are traced or other processes hold some of them."""
     if isinstance(array, jax.core.Tracer):
         return None
     if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
@@ -123,14 +124,14 @@ def known(array: AnyArray) -> np.ndarray | None:
     return np.asarray(array)
 
 
-# NumPy spells the name at each call.
+# NumPy builds the name at each call.
 _name_of = functools.cache(lambda dtype: dtype.name)
 
 
 def typed(
     name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
 ) -> AnyArray:
-    """What `unwrapped` returns, of one of the dtypes; the fix is for other real numbers."""
+    """`unwrapped`, restricted to some dtypes; the fix is suggested for other real numbers."""
     array = unwrapped(name, value)
     dtype = array.dtype
     native = getattr(dtype, "isnative", True)
@@ -153,21 +154,21 @@ def typed(
 
 
 def _that_runs(name: str, value: Any, fix: str) -> str:
-    """The fix of an array, or of what becomes one: a list has no methods of an array."""
+    """The fix, with a conversion to an array if the value has no array methods, such as a list."""
     if hasattr(value, "astype"):
         return fix
     return re.sub(rf"\b{name}(?=\.astype|\.real| [>=]|\))", f"np.asarray({name})", fix)
 
 
 def _nearest(dtype: np.dtype) -> str:
-    """The dtype that holds another one's numbers, or rounds them."""
+    """The supported dtype that holds the numbers of another dtype, or rounds them."""
     if jnp.issubdtype(dtype, jnp.integer):
         return {1: "int8", 2: "int32"}.get(dtype.itemsize, "float32")
     return "float64" if dtype.itemsize > 8 else "float32"
 
 
 def _fix_of_no_numbers(name: str, array: AnyArray, dtypes: Sequence[str]) -> str:
-    """What to do about text, objects, dates, records and keys."""
+    """The fix for text, objects, dates, records and keys."""
     if isinstance(array, Array):
         return "pass numbers"
     if array.dtype.names:
@@ -185,7 +186,7 @@ def _fix_of_no_numbers(name: str, array: AnyArray, dtypes: Sequence[str]) -> str
 
 
 def _compare(name: str, array: str, text: str | bytes | None) -> str:
-    """What to do about text, which may be labels."""
+    """The fix for text, which may be labels."""
     compare = f", or compare, such as {array} == {text!r}"
     return "pass numbers" + compare * (name in _LABELS and text is not None)
 
@@ -193,21 +194,21 @@ def _compare(name: str, array: str, text: str | bytes | None) -> str:
 def operand(
     name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
 ) -> AnyArray:
-    """What `typed` returns, of a dtype that JAX keeps, or in the device's memory."""
+    """`typed`, converted to a dtype that JAX supports; raises for arrays in host memory."""
     array = typed(name, value, dtypes, fix)
     if not isinstance(array, Array):
         return _as_jax_keeps(name, array)
     space = getattr(jax.typeof(array), "memory_space", None)
     if space and space.name == "Host":
         raise ValueError(
-            f"{name} are in the host's memory: move them to the device's first, "
+            f"{name} must be in device memory, got host memory: use "
             f"jax.device_put({name}, jax.memory.Space.Device)."
         )
     return array
 
 
 def _as_jax_keeps(name: str, array: np.ndarray) -> np.ndarray:
-    """In 32 bits at most, unless JAX is told otherwise; an error where an integer has more."""
+    """At most 32 bits unless x64 is enabled; raises if an integer does not fit."""
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if dtype == array.dtype:
         return array
@@ -216,11 +217,11 @@ def _as_jax_keeps(name: str, array: np.ndarray) -> np.ndarray:
         for number in (array.min(initial=0), array.max(initial=0)):
             if not info.min <= number <= info.max:
                 raise ValueError(
-                    f"{name} holds {number}, and JAX keeps integers in 32 bits: use "
+                    f"{name} contains {number}, but JAX stores integers in 32 bits: use "
                     f"np.float32({name}), or jax.config.update('jax_enable_x64', True) at the "
                     "start."
                 )
-    with np.errstate(over="ignore"):  # becomes infinite, as everywhere in JAX
+    with np.errstate(over="ignore"):  # overflow gives infinity, as everywhere in JAX
         return array.astype(dtype)
 
 
@@ -251,12 +252,12 @@ _RANGES = {
         "at least 0 and below 0.5", lambda v: (v >= 0) & (v < 0.5), "epsilon=None clips nothing"
     ),
     "log_epsilon": _not_negative("log_epsilon=0 adds nothing"),
-    "hess_floor": _not_negative("hess_floor=0 is no floor"),
+    "hess_floor": _not_negative("hess_floor=0 sets no floor"),
 }
 
 
 def ranged(name: str, value: ArrayLike) -> AnyArray:
-    """A number, or several, in the range that its name has, which is checked where it is known."""
+    """One number or several; raises if a known one is outside the range for this name."""
     text, holds, fix = _RANGES[name]
     if value is None:
         raise TypeError(f"{name} must be a number, {text}, got None: {fix}.")
