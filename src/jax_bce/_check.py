@@ -1,8 +1,8 @@
-"""The debug check: it warns of values that a loss accepts and that are probably a mistake.
+"""The debug check: warns about values that a loss accepts but that are probably a mistake.
 
 While it is off, a call reads a flag twice, and nothing is added to the program. While it is on,
-each operand is reduced on its device to a few numbers, which a callback compares with what it
-should hold. The flag is part of the key of JAX's caches: a compiled function is compiled again.
+each operand is reduced on its device to a few numbers, which a callback compares with the expected
+values. The flag is part of the key of JAX's caches: a compiled function is compiled again.
 """
 
 import functools
@@ -20,10 +20,10 @@ from jax import Array
 
 from jax_bce._reference import elements
 
-_jax: Any = jax  # parts of which have no types
+_jax: Any = jax  # some parts have no types
 _on = _jax.make_user_context(os.environ.get("JAX_BCE_CHECK", "") not in ("", "0"))
 
-# Fewer logits than these may lie in [0, 1] by chance.
+# Fewer logits than this may all be in [0, 1] by chance.
 _MANY = 16
 _Line = tuple[str, int]  # a file and the number of a line
 _warned: set[tuple[_Line, str]] = set()
@@ -31,24 +31,24 @@ _warned: set[tuple[_Line, str]] = set()
 
 @contextmanager
 def checking(on: bool = True) -> Iterator[None]:
-    """Looks at the values of every call, and warns of those that are probably a mistake.
+    """Checks the values of every call, and warns about those that are probably a mistake.
 
-    For one run while something is wrong; ``JAX_BCE_CHECK=1`` in the environment switches it on for
-    a whole program. It warns of labels outside [0, 1] (class indices, -1 and 1, 0 and 255), of NaN,
-    of logits that look like probabilities or labels, of negative weights, and of a negative,
-    infinite or NaN loss. Elements that `where` or ignore_label drop are not looked at.
+    Use it for a run in which something is wrong. ``JAX_BCE_CHECK=1`` in the environment turns it on
+    for a whole program. It warns about labels outside [0, 1] (class indices, -1 and 1, 0 and 255),
+    NaN, logits that look like probabilities or labels, negative weights, and a negative, infinite
+    or NaN loss. Elements that `where` or ignore_label drop are not checked.
 
     Each warning is a UserWarning that starts with "jax_bce", names the line that called the loss
-    and says what to do. It comes once for each line and kind of problem, also under jit, grad,
-    vmap, scan and shard_map, and nothing stops. ``python -W "error:jax_bce"`` makes it an error;
-    from compiled code that is a ``JaxRuntimeError``, which ends with the text.
+    and says what to do. It is shown once per line and kind of problem, also under jit, grad, vmap,
+    scan and shard_map; the program continues. ``python -W "error:jax_bce"`` turns it into an error;
+    in compiled code this is a ``JaxRuntimeError`` that ends with the text.
 
-    Functions of jax.jit that were compiled before are compiled again inside, so enter it outside of
-    jit. It cannot reach a function that was compiled ahead of time (``.lower().compile()``), nor
-    can jax.export store a function that is checked.
+    Enter the context outside of jit: inside it, functions that jax.jit has already compiled are
+    compiled again. Functions compiled ahead of time (``.lower().compile()``) are not checked, and
+    jax.export cannot store a checked function.
 
     Args:
-      on: False switches off what the environment switched on.
+      on: If False, turns off a check that the environment turned on.
 
     Example:
       >>> import warnings, jax.numpy as jnp, jax_bce
@@ -65,16 +65,16 @@ def checking(on: bool = True) -> Iterator[None]:
 
 
 def is_on() -> bool:
-    """Whether calls are looked at."""
+    """Whether calls are checked."""
     return bool(_on.value)
 
 
-# Each element is of the first kind that fits: a whole number is any other one, and so on.
+# Each element has the first kind that fits: "whole" is any other whole number, and so on.
 _KINDS = ("nan", "infinite", "-1", "0", "1", "255", "whole", "between 0 and 1", "other")
 
 
 class Found(NamedTuple):
-    """What an array holds: which kinds of elements, their number, and the finite extremes."""
+    """A summary of an array: kinds of elements, their number, and the finite extremes."""
 
     kinds: Any
     count: Any
@@ -82,21 +82,21 @@ class Found(NamedTuple):
     greatest: Any
 
     def any(self, kind: str) -> Any:
-        """Whether some element is of that kind."""
+        """Whether some element has that kind."""
         return self.kinds[_KINDS.index(kind)]
 
     def only(self, *kinds: str) -> bool:
-        """Whether each finite element is of one of the kinds."""
+        """Whether each finite element has one of the kinds."""
         return not any(self.any(kind) for kind in _KINDS[2:] if kind not in kinds)
 
     def within(self, low: float, high: float) -> Any:
-        """Whether each finite element lies there."""
+        """Whether each finite element is between low and high."""
         return (self.least >= low) & (self.greatest <= high)
 
 
 @jax.jit
 def _look(values: Array, keep: Array | None) -> Found:
-    """Without a NaN of its own, which jax_debug_nans would find."""
+    """Summarizes an array. Creates no NaN, which jax_debug_nans would report."""
     values = values.astype(jnp.promote_types(values.dtype, np.float32))
     finite = jnp.isfinite(values)
     tests = [jnp.isnan(values), ~finite, *(values == number for number in (-1, 0, 1, 255))]
@@ -117,7 +117,7 @@ def _look(values: Array, keep: Array | None) -> Found:
 
 @jax.custom_batching.custom_vmap
 def _of_all(found: Found) -> Found:
-    """What all arrays hold that vmap maps: there is one callback for them."""
+    """Under vmap, merges the summaries of all mapped arrays, so that one callback is enough."""
     return found
 
 
@@ -157,7 +157,7 @@ def _about_labels(found: Found) -> str | None:
             "the rest; for pixels, labels / 255"
         )
     return (
-        f"lie between {found.least:.8g} and {found.greatest:.8g}, outside [0, 1]: they are "
+        f"lie between {found.least:.8g} and {found.greatest:.8g}, outside [0, 1]: they must be "
         "probabilities of the positive class, and come second, after the logits"
     )
 
@@ -201,7 +201,7 @@ def _about_loss(found: Found) -> str | None:
 
 
 class _Judge(NamedTuple):
-    """What an array should hold, and what to say of it otherwise."""
+    """The values that an array should have, and the warnings otherwise."""
 
     low: float
     high: float
@@ -221,7 +221,7 @@ _JUDGES = {
     ),
     "probs": _Judge(0, 1, _about_probs, _TRACE, "for raw scores, call jax_bce.loss"),
     "labels": _Judge(
-        0, 1, _about_labels, "drop them, where=~jnp.isnan(labels)", "make them 0, 1 or between"
+        0, 1, _about_labels, "drop them with where=~jnp.isnan(labels)", "use values from 0 to 1"
     ),
     "weight": _WEIGHTS,
     "sample_weight": _WEIGHTS,
@@ -230,7 +230,7 @@ _JUDGES = {
         0,
         np.inf,
         _about_loss,
-        "some logit, label, weight or the normalizer is",
+        "a logit, a label, a weight or the normalizer is NaN",
         "an infinite logit, or a probability of exactly 0 or 1, meets the other label; for "
         "probabilities, pass epsilon=1e-7",
     ),
@@ -238,7 +238,7 @@ _JUDGES = {
 
 
 def problems(name: str, found: Found) -> list[str]:
-    """What is wrong with an array of that name."""
+    """Describes what is wrong with the array of that name."""
     judge, said = _JUDGES[name], []
     if found.any("nan"):
         said.append(f"{name} with NaN: {judge.nan}")
@@ -249,7 +249,7 @@ def problems(name: str, found: Found) -> list[str]:
 
 
 def _caller() -> _Line:
-    """The line that called this package, be it by way of JAX or Keras."""
+    """The line that called this package, directly or through JAX or Keras."""
     frame: Any = sys._getframe()
     between = ("jax_bce", "jax", "keras")
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in between:
@@ -259,7 +259,7 @@ def _caller() -> _Line:
 
 def _warn(line: _Line, found: Mapping[str, Found]) -> None:
     for name, values in found.items():
-        # No array of JAX: a callback must not wait for the device that waits for it.
+        # NumPy, not JAX arrays: a callback must not wait for the device that waits for it.
         for problem in problems(name, Found(*map(np.asarray, values))):
             without_numbers = problem.translate(dict.fromkeys(map(ord, "0123456789.e+-")))
             if (line, without_numbers) not in _warned:
@@ -268,7 +268,7 @@ def _warn(line: _Line, found: Mapping[str, Found]) -> None:
 
 
 def _look_at(arrays: Mapping[str, Array], keep: Array | None = None) -> None:
-    """For the user, and as user checks for JAX's checkify, which ignores them elsewhere."""
+    """Warns the user, and adds checks for JAX's checkify, which have no effect without it."""
     from jax.experimental import checkify
 
     still = {name: jax.lax.stop_gradient(values) for name, values in arrays.items()}
@@ -278,14 +278,14 @@ def _look_at(arrays: Mapping[str, Array], keep: Array | None = None) -> None:
         low, high = _JUDGES[name][:2]
         checkify.debug_check(
             values.within(low, high) & ~values.any("nan") & ~values.any("infinite"),
-            f"jax_bce: {name} should be finite and lie between {low} and {high}; those that are "
-            "finite lie between {} and {}",
+            f"jax_bce: {name} should be finite and lie between {low} and {high}; the finite ones "
+            "lie between {} and {}",
             *(values.least, values.greatest),
         )
 
 
 def operands(name: str, given: Sequence[Array], modifiers: Sequence[str]) -> None:
-    """Looks at what enters the primitive, if that is asked for; `name` is that of the logits."""
+    """Checks the operands of the primitive if the check is on; `name` is that of the logits."""
     if not is_on():
         return
     logits, labels, _, smoothing, *more = given
@@ -296,7 +296,7 @@ def operands(name: str, given: Sequence[Array], modifiers: Sequence[str]) -> Non
 
 
 def loss(values: Array) -> Array:
-    """Looks at what leaves it; a product is what checkify's float checks look into."""
+    """Checks the loss; checkify's float checks see the multiplication, but not the kernel."""
     if not is_on():
         return values
     _look_at({"loss": values})
