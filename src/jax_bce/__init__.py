@@ -22,8 +22,8 @@ __all__ = [
 __version__ = _version("jax-bce")
 _DROP_INS = ("keras", "optax", "torch_like")
 
-# They are imported when they are first used, and Keras with its own. A type checker sees plain
-# imports: with __getattr__, it would accept any name.
+# Drop-ins are imported on first use; jax_bce.keras imports Keras. Type checkers see plain imports:
+# with __getattr__, they would accept any name.
 if _typing.TYPE_CHECKING:
     from jax_bce import keras as keras
     from jax_bce import optax as optax

@@ -1,4 +1,4 @@
-"""`python -m jax_bce`: what is installed, what is used and why, and how to fix what is missing."""
+"""`python -m jax_bce` prints what is installed, what is used and why, and how to fix problems."""
 
 import os
 import platform
@@ -19,19 +19,19 @@ def _cuda_state(backend: str) -> str:
     if backend == "gpu":
         return f"loaded, {built}; used with implementation='cuda'"
     fix = (
-        "to use a GPU of this machine, pip install 'jax[cuda13]'"
+        "to use this machine's GPU, run pip install 'jax[cuda13]'"
         if _cuda.driver_version()
-        else "there is no NVIDIA driver"
+        else "no NVIDIA driver found"
     )
-    return f"not in use, {built}: JAX has no GPU here ({fix})"
+    return f"not in use, {built}: JAX found no GPU ({fix})"
 
 
 def report() -> dict[str, str]:
-    """One line per fact, for this page and for the records of the benchmark."""
+    """The facts by name, for this report and for benchmark records."""
     built, running = _cpu.xla_ffi_api_version, ffi_version_of_jaxlib()
     cpu = missing("cpu")
     backend = jax.default_backend()
-    # XLA sizes its pool by NPROC, or by the cores this process may use.
+    # XLA sizes its thread pool by NPROC, or by the cores that this process may use.
     threads = os.environ.get("NPROC") or len(os.sched_getaffinity(0))
     return {
         "jax_bce": version("jax-bce"),
@@ -42,9 +42,9 @@ def report() -> dict[str, str]:
         "cpu threads": str(threads),
         "cuda kernel": _cuda_state(backend),
         "default platform": backend,
-        # The CUDA kernel is used where it is asked for: it has not been measured yet.
+        # The CUDA kernel is only used if requested: it has not been measured yet.
         "implementation=None": "the cpu kernel" if backend == "cpu" and not cpu else "xla",
-        "check of values": "on" if is_on() else "off; JAX_BCE_CHECK=1 switches it on",
+        "value check": "on" if is_on() else "off; JAX_BCE_CHECK=1 turns it on",
     }
 
 
