@@ -1,4 +1,4 @@
-"""Binary cross-entropy for JAX: sigmoid, loss and gradient in one exact, fused kernel."""
+"""Binary cross-entropy for JAX: sigmoid, loss and gradient in one fused kernel, within 1 ulp."""
 
 import importlib as _importlib
 import typing as _typing
