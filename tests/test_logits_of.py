@@ -442,9 +442,9 @@ ENDS = {
 def test_other_ends_are_refused(end: str, around: str) -> None:
     """With what was found and what to do; eagerly and under jit."""
     message = (
-        f"the model ends in {end}, not in a sigmoid: if it returns scores, use it as it is; if "
-        "not, let it return them, or end in jax.nn.sigmoid with nothing after it that changes "
-        "values."
+        f"the model ends in {end}, not in a sigmoid: if it returns scores, use it as it is; "
+        "otherwise, change it to return scores, or to end in jax.nn.sigmoid with nothing after it "
+        "that changes values."
     )
     for model in ENDS[end]:
         found = jax_bce.logits_of(AROUND[around](model))

@@ -1,4 +1,4 @@
-"""A model without its final sigmoid, found by walking back from the output of its trace."""
+"""Removes the final sigmoid of a model, by walking back from the output of its trace."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 Atom = Var | Literal
 
-# These move or place elements, and so commute with what is done to each of them.
+# These only move or place elements, so they commute with elementwise operations.
 _ARRANGING = {"broadcast_in_dim", "copy", "name", "reshape", "reshard", "rev"}
 _ARRANGING |= {"sharding_constraint", "slice", "squeeze", "transpose"}
 _WRITES = (
@@ -21,53 +21,53 @@ _CALLS = {"jit", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
 def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
-    r"""A function that returns the logits of a model: what it computes before its final sigmoid.
+    r"""Returns a function that computes the logits of a model, without its final sigmoid.
 
-    For a model :math:`m(x) = \sigma(f(x))`, the function :math:`f`. A call traces the model and
-    evaluates what leads to the operand of the sigmoid; nothing is inverted, and no probability
-    rounded. Compile the result, not the model: ``jax.jit`` around the sigmoid is undone, with its
-    shardings and options, and outside of another the operations are evaluated one by one.
+    For a model :math:`m(x) = \sigma(f(x))`, returns :math:`f`. A call traces the model and
+    evaluates everything up to the operand of the sigmoid: nothing is inverted, and no probability
+    is rounded. Compile the result, not the model: a ``jax.jit`` around the sigmoid is removed, with
+    its shardings and options, and without another one the operations run one by one.
 
-    The result is a function, not a model: it has no weights, layers or ``fit``, and reads those of
-    the model, which stays as it is. To go on with Keras's ``fit``, change the model instead, and
-    compile it again: ``model.layers[-1].activation = keras.activations.linear``.
+    The result is a function, not a model: it has no weights, layers or ``fit``, but uses those of
+    the model, which does not change. To use Keras's ``fit``, change the model instead, and compile
+    it again: ``model.layers[-1].activation = keras.activations.linear``.
 
     Args:
       model: a function, such as ``apply`` of a flax.linen module, or an object with ``__call__``,
-        such as a module of flax.nnx or equinox, or a Keras model on the JAX backend. It returns one
-        array, bare or in a pytree, and ends in ``jax.nn.sigmoid`` or ``1 / (1 + jnp.exp(-x))``.
-        Behind that may stand what only arranges elements (reshape, squeeze, transpose, broadcast,
-        flip, a slice such as ``[:, 0]``, a sharding constraint), and casts from float to float;
-        around it ``jax.jit``, ``jax.checkpoint``, and custom derivative rules that cover nothing
-        but the sigmoid.
+        such as a flax.nnx or equinox module, or a Keras model on the JAX backend. It must return
+        one array, bare or in a pytree, and end in ``jax.nn.sigmoid`` or ``1 / (1 + jnp.exp(-x))``.
+        The sigmoid may be followed by operations that only rearrange elements (reshape, squeeze,
+        transpose, broadcast, flip, a slice such as ``[:, 0]``, a sharding constraint) and by casts
+        from float to float. It may be inside ``jax.jit``, ``jax.checkpoint``, and custom derivative
+        rules that cover only the sigmoid.
 
     Returns:
-      A function that hands its arguments on to the model as they are: arrays, pytrees, modules,
+      A function that passes its arguments to the model unchanged: arrays, pytrees, modules,
       strings, keywords. It returns the logits in the structure and shape of the model's output, and
-      in the dtype they are computed in: casts behind the sigmoid are left out. (A Keras policy such
-      as "mixed_bfloat16" computes bfloat16 logits, unless the last layer has ``dtype="float32"``.)
+      in the dtype in which they are computed: casts after the sigmoid are omitted. (A Keras policy
+      such as "mixed_bfloat16" gives bfloat16 logits, unless the last layer has
+      ``dtype="float32"``.)
 
     Derivatives:
       Those of the model up to the sigmoid, to any order, with respect to its arguments and to
-      whatever it closes over (``nnx.grad`` of a module).
+      everything it closes over (``nnx.grad`` of a module).
 
     State:
-      As under ``jax.jit``, what the model stores while it runs would be a tracer. flax.nnx refuses
-      to store it (``TraceContextError``), which BatchNorm and Dropout do while they train: to
-      train, take the sigmoid out of the model; to evaluate, call ``model.eval()`` first. With
-      ``lambda x: nnx.clone(model)(x)`` as the model, a copy of it stores, and what that stores is
-      lost: statistics stay as they are, and each call drops the same units. Keras stores the
-      tracer, and fails when the model is used next: never pass ``training=True``, wrap
-      ``stateless_call`` instead. What the model does with the probability beside returning it, such
-      as ``jax.debug.print``, is kept.
+      As under ``jax.jit``, state that the model stores while it runs would be a tracer. flax.nnx
+      refuses to store tracers (``TraceContextError``), as BatchNorm and Dropout do in training: to
+      train, take the sigmoid out of the model; to evaluate, call ``model.eval()`` first. If the
+      model is ``lambda x: nnx.clone(model)(x)``, the copy's state is lost: statistics do not
+      change, and each call drops the same units. Keras stores the tracer, and the next use of the
+      model fails: never pass ``training=True``; wrap ``stateless_call`` instead. Other uses of the
+      probability in the model, such as ``jax.debug.print``, are kept.
 
     Raises:
-      TypeError: a model that cannot be called, such as a flax.linen module that is not bound.
-      ValueError: when called, for a model that ends in anything else, with its name, or returns
-        another number of arrays than one.
+      TypeError: if the model cannot be called, such as an unbound flax.linen module.
+      ValueError: when called, if the model ends in another operation, which the message names, or
+        does not return exactly one array.
 
     Source:
-      Keras recovers logits so on TensorFlow, from the last operation of the graph.
+      On TensorFlow, Keras recovers logits like this, from the last operation of the graph.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_bce
@@ -88,11 +88,11 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
 
     def logits(*args: Any, **keywords: Any) -> Any:
         # All arguments are closed over: objects keep their identity, Python values stay static, and
-        # the tracers of a transformation around this become constants of the trace.
+        # tracers of an outer transformation become constants of the trace.
         try:
             trace, result = jax.make_jaxpr(lambda: model(*args, **keywords), return_shape=True)()
         except Exception as error:
-            if type(error).__name__ == "TraceContextError":  # of Flax, which may be missing
+            if type(error).__name__ == "TraceContextError":  # from Flax, which may be missing
                 error.add_note(_WRITES)
             raise
         leaves, structure = jax.tree.flatten(result)
@@ -111,10 +111,11 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
 def _scores(
     closed: ClosedJaxpr, output: int
 ) -> Callable[..., Any] | tuple[list[JaxprEqn], bool, int]:
-    """The function that computes, from the arguments of the jaxpr, the scores of an output.
+    """The function that computes the scores of an output from the arguments of the jaxpr.
 
-    Where nothing is computed between an argument and the output but perhaps the sigmoid: what
-    arranges the elements, the last equation first; whether there is the sigmoid; which argument.
+    If at most the sigmoid is computed between an argument and the output, returns instead: the
+    equations that rearrange elements, the last one first; whether a sigmoid was found; and the
+    index of the argument.
     """
     jaxpr, arranging, found = closed.jaxpr, list[JaxprEqn](), False
     producers = {variable: eqn for eqn in jaxpr.eqns for variable in eqn.outvars}
@@ -160,7 +161,7 @@ def _scores(
 
 
 def _operand_of_sigmoid(eqn: JaxprEqn | None, producers: dict[Var, JaxprEqn]) -> Atom | None:
-    """x, if the equation is the last one of sigmoid(x), or of 1 / (1 + exp(-x))."""
+    """x, if the equation is the last one of sigmoid(x) or 1 / (1 + exp(-x)), else None."""
     if eqn and eqn.primitive.name == "logistic":
         return eqn.invars[0]
     for name in ("div", "add", "exp", "neg"):
@@ -187,7 +188,10 @@ def _evaluate(
     arguments: Sequence[Any],
     replaced: JaxprEqn | None = None,
 ) -> Any:
-    """Values inside of a jaxpr: runs what they need, and what has effects but the one replaced."""
+    """Values inside a jaxpr: runs the equations they need, and any others with effects.
+
+    The equation `replaced` is not run for its effects.
+    """
     needed, eqns = {atom for atom in wanted if isinstance(atom, Var)}, list[JaxprEqn]()
     for eqn in reversed(closed.jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars) or (eqn.effects and eqn is not replaced):
@@ -199,7 +203,7 @@ def _evaluate(
 
 def _refusal(end: str) -> ValueError:
     return ValueError(
-        f"the model ends in {end}, not in a sigmoid: if it returns scores, use it as it is; if "
-        "not, let it return them, or end in jax.nn.sigmoid with nothing after it that changes "
-        "values."
+        f"the model ends in {end}, not in a sigmoid: if it returns scores, use it as it is; "
+        "otherwise, change it to return scores, or to end in jax.nn.sigmoid with nothing after it "
+        "that changes values."
     )
