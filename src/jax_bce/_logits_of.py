@@ -44,22 +44,21 @@ def logits_of(model: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A function that passes its arguments to the model unchanged: arrays, pytrees, modules,
       strings, keywords. It returns the logits in the structure and shape of the model's output, and
-      in the dtype in which they are computed: casts after the sigmoid are omitted. (A Keras policy
-      such as "mixed_bfloat16" gives bfloat16 logits, unless the last layer has
-      ``dtype="float32"``.)
+      in the dtype they are computed in: casts after the sigmoid are omitted. (A Keras policy such
+      as "mixed_bfloat16" gives bfloat16 logits, unless the last layer has ``dtype="float32"``.)
 
     Derivatives:
       Those of the model up to the sigmoid, to any order, with respect to its arguments and to
       everything it closes over (``nnx.grad`` of a module).
 
     State:
-      As under ``jax.jit``, state that the model stores while it runs would be a tracer. flax.nnx
-      refuses to store tracers (``TraceContextError``), as BatchNorm and Dropout do in training: to
-      train, take the sigmoid out of the model; to evaluate, call ``model.eval()`` first. If the
-      model is ``lambda x: nnx.clone(model)(x)``, the copy's state is lost: statistics do not
-      change, and each call drops the same units. Keras stores the tracer, and the next use of the
-      model fails: never pass ``training=True``; wrap ``stateless_call`` instead. Other uses of the
-      probability in the model, such as ``jax.debug.print``, are kept.
+      As under ``jax.jit``, state that the model stores while it runs would be a tracer. BatchNorm
+      and Dropout of flax.nnx store state in training, which raises ``TraceContextError``: to train,
+      take the sigmoid out of the model; to evaluate, call ``model.eval()`` first. If the model is
+      ``lambda x: nnx.clone(model)(x)``, the copy's state is lost: statistics do not change, and
+      each call drops the same units. Keras stores the tracer, and the next use of the model fails:
+      never pass ``training=True``; wrap ``stateless_call`` instead. Other uses of the probability
+      in the model, such as ``jax.debug.print``, are kept.
 
     Raises:
       TypeError: if the model cannot be called, such as an unbound flax.linen module.
@@ -188,10 +187,7 @@ def _evaluate(
     arguments: Sequence[Any],
     replaced: JaxprEqn | None = None,
 ) -> Any:
-    """Values inside a jaxpr: runs the equations they need, and any others with effects.
-
-    The equation `replaced` is not run for its effects.
-    """
+    """Values inside a jaxpr: runs what they need, and equations with effects except `replaced`."""
     needed, eqns = {atom for atom in wanted if isinstance(atom, Var)}, list[JaxprEqn]()
     for eqn in reversed(closed.jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars) or (eqn.effects and eqn is not replaced):
