@@ -1,4 +1,4 @@
-"""From checked arguments to the primitive's operands, and to one compiled call outside of jit."""
+"""Converts checked arguments to the primitive's operands; outside jit, compiles one call."""
 
 import functools
 import math
@@ -33,27 +33,27 @@ class Call(NamedTuple):
 
     operands: tuple[Array, ...]
     params: dict[str, Any]
-    shape: tuple[int, ...]  # of the logits, before their summed axes went last
+    shape: tuple[int, ...]  # of the logits, before their summed axes were moved last
     axes: tuple[int, ...]
     result_dtype: np.dtype
-    numbers: dict[str, Array]  # that only some losses have, as they were passed
+    numbers: dict[str, Array]  # of the related losses, such as gamma, as they were passed
 
     def in_place(self, gradient: Array) -> Array:
-        """The gradient with the summed axes where the logits have them."""
+        """The gradient with the summed axes moved back to their place in the logits."""
         return _move(gradient, _last(self.axes, gradient.ndim), self.axes)
 
     def elements(self, absent: float = 0) -> Elements:
-        """What enters a formula of `_reference.py`."""
+        """The inputs of a formula of `_reference.py`."""
         logits, labels, _, smoothing, *more = self.operands
         modifiers = dict(zip(self.params["modifiers"], more, strict=True))
         return elements(logits, labels, smoothing, modifiers, absent)
 
     def result(self, loss: Array) -> Array:
-        """The loss as the user gets it."""
+        """The loss as it is returned to the user."""
         return _check.loss(loss.astype(self.result_dtype))
 
     def total(self, values: Array) -> Array:
-        """The result of a formula other than that of the primitive."""
+        """The result for element losses that the primitive does not compute."""
         shape, scale = self.operands[0].shape, self.operands[2]
         modifiers = dict(zip(self.params["modifiers"], self.operands[4:], strict=True))
         rank, count = self.params["reduced_rank"], self.params["count"]
@@ -62,17 +62,17 @@ class Call(NamedTuple):
         return self.result(total)
 
     def number(self, name: str) -> Array:
-        """A number, or one for each class, as an operand of the arithmetic's type."""
+        """A number, or one per class, as an operand in the arithmetic's dtype."""
         array = _trailing(self.numbers[name], len(self.shape)).astype(self.operands[2].dtype)
         return _move(array, self.axes, _last(self.axes, array.ndim))
 
 
 def evaluate(function: Callable[..., Result], arguments: Arguments, *static: object) -> Result:
-    """``function(call, *static)``, compiled as one: in steps it takes thirty times as long.
+    """``function(call, *static)``, compiled as a whole: step by step takes thirty times as long.
 
-    Inside of jit it leaves no trace.
+    Inside jit, it is inlined.
     """
-    # The debug check compiles by itself what it can, and names the line that called.
+    # The debug check compiles its own parts, and reports the line that called.
     run = _run if _check.is_on() else _compiled
     result: Result = run(function, static, arguments.options, arguments.arrays)
     return result
@@ -127,9 +127,9 @@ def _mean_weight(
     wide: np.dtype,
     implementation: str | None,
 ) -> tuple[Array, Array]:
-    """The mean over axes of the weight of each element, 0 of those that do not exist.
+    """The mean over axes of each element's weight, which is 0 for dropped elements.
 
-    In symbolic sizes it is the sum. Nothing of the shape's size is formed unless a factor has it.
+    For symbolic sizes it is the sum. Nothing as large as the logits is formed unless a factor is.
     """
     rank = len(shape)
     symbolic = not all(isinstance(size, int) for size in shape)
@@ -143,7 +143,7 @@ def _mean_weight(
         assert weights is not None
         return weights, jnp.zeros_like(weights)
     operands = tuple(_move(operand, axes, _last(axes, rank)) for operand in operands)
-    if not axes:  # a kernel adds up at least one dimension
+    if not axes:  # a kernel sums over at least one dimension
         operands = tuple(operand[..., None] for operand in operands)
     high, low = bce(
         *vary_alike(*operands),
@@ -158,7 +158,7 @@ def _mean_weight(
 
 
 def _parts(number: Array, wide: np.dtype) -> tuple[Array, Array]:
-    """A denominator in the arithmetic's type, and what its rounding lost."""
+    """A denominator in the arithmetic's dtype, and its rounding error."""
     if number.dtype in (np.float64, np.int32, np.int64):
         high, low = in_two_parts(number, wide)
         return high, low
@@ -166,7 +166,7 @@ def _parts(number: Array, wide: np.dtype) -> tuple[Array, Array]:
 
 
 def _call(arrays: dict[str, Array], options: Options) -> Call:
-    """The call that arguments which were checked ask for."""
+    """The call for checked arguments."""
     x, y = arrays.pop("logits"), arrays.pop("labels")
     shape, rank, axes = x.shape, x.ndim, options.axes
     wide = arithmetic_dtype(x.dtype)
@@ -195,14 +195,14 @@ def _call(arrays: dict[str, Array], options: Options) -> Call:
         count = math.prod(shape[a] for a in axes)
         if factors:
             divisor = _mean_weight(y, factors, axes, shape, wide, options.implementation)
-        elif not isinstance(count, int):  # of symbolic sizes, in jax.export
+        elif not isinstance(count, int):  # symbolic sizes, in jax.export
             divisor = _parts(jnp.asarray(count).reshape((1,) * rank), wide)
         count = count if isinstance(count, int) else 1
     if divisor is not None:
         modifiers["divisor"], modifiers["divisor_low"] = divisor[0], stop_gradient(divisor[1])
 
     result_dtype = options.dtype or (wide if options.reduction != "none" else x.dtype)
-    # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
+    # The kernel rounds element losses to the result's dtype; it returns sums and float64 unrounded.
     direct = options.reduction == "none" and wide == np.float32 and result_dtype != np.float64
     params = {
         "modifiers": tuple(modifiers),
