@@ -1,9 +1,9 @@
 """The derivative rules of the primitive, and the memory-lean `recompute`.
 
 The kind "loss" is differentiated into "loss_and_grad", whose gradient is the only residual, and
-"loss_and_grad" into plain jnp. The rule is the primitive's own, so that every mode and nesting of
-differentiation passes through it. A derivative with respect to anything but the logits is plain jnp
-as well, and is there only if it is asked for.
+"loss_and_grad" into plain jnp. The rule belongs to the primitive, so every mode and nesting of
+differentiation uses it. Derivatives with respect to anything but the logits are plain jnp as well,
+and are only computed if requested.
 """
 
 import functools
@@ -36,14 +36,14 @@ from jax_bce._reference import (
 jet: Any
 try:
     from jax.experimental import jet
-except ImportError:  # an experiment may end, and this package works without it
+except ImportError:  # experimental modules may be removed; the package works without this one
     jet = None
 
 _OPERANDS = ("logits", "labels", "scale", "smoothing")
 
 
 def residual_dtype(logits_dtype: np.dtype) -> np.dtype:
-    """The dtype of a gradient that waits for its cotangent: float16 would underflow first."""
+    """The dtype of a gradient stored for the backward pass: float16 would underflow."""
     return np.dtype(np.float32 if logits_dtype == np.float16 else logits_dtype)
 
 
@@ -57,11 +57,11 @@ def _tangents_of_elements(
     element: Elements,
     divided: Callable[[Array], Array],
 ) -> tuple[Array, Array]:
-    """The tangents of loss and gradient where logits and divisor do not move.
+    """The tangents of loss and gradient for constant logits and divisor.
 
     The loss is linear in label, positive weight and weight, and the smoothed label, y (1 - s) + s /
-    2, in label and smoothing. What multiplies a tangent is 0 where an element does not exist, also
-    if a divisor is not a number.
+    2, is linear in label and smoothing. The coefficients of tangents are 0 for dropped elements,
+    even if a divisor is NaN.
     """
     wide = element.logits.dtype
     loss, gradient = [], []
@@ -102,7 +102,7 @@ def _jvp_of_total(
     count: int,
     **others: Any,
 ) -> tuple[list[Array], list[Array]]:
-    """The sum is linear in each weight; what its rounding lost has no derivative."""
+    """The sum is linear in each weight; its rounding error has no derivative."""
     common = {"modifiers": modifiers, "reduced_rank": reduced_rank, "count": count, **others}
     results = bce(*primals, kind="total", **common)
     logits, labels, scale, smoothing, *more = primals
@@ -115,7 +115,7 @@ def _jvp_of_total(
             continue
         rest = [named[n] for n in ("weight", "sample_weight") if n in named and n != name]
         factor = rest[0].astype(scale.dtype) if rest else jnp.ones_like(scale)
-        # The tangent is selected, too: the cotangent may be infinite or not a number.
+        # The tangent is selected, too: the cotangent may be infinite or NaN.
         terms.append(element.select(element.select(factor) * dot.astype(scale.dtype)))
     total_dot = jnp.broadcast_to(_add([jnp.zeros_like(scale), *terms]), shape)
     total_dot = sum_trailing(total_dot, reduced_rank)
@@ -142,7 +142,7 @@ def _jvp(
             "jax_bce.loss(residuals='recompute') can be differentiated once, in reverse mode. "
             "Use residuals='gradient', the default, for other modes and higher derivatives."
         )
-    # A Python number may be among them.
+    # Primals may include Python numbers.
     primals = [primal if isinstance(primal, Array) else jnp.asarray(primal) for primal in primals]
     logits, _, scale, _ = primals[:4]
     wide = arithmetic_dtype(logits.dtype)
@@ -168,7 +168,7 @@ def _jvp(
     shape = jnp.broadcast_shapes(*(operand.shape for operand in primals))
     if moving or kind == "loss_and_grad":
         logits, labels, _, smoothing = primals[:4]
-        # A scale or a divisor of 0 drops all, also what is not a number.
+        # A scale or divisor of 0 drops all elements, even NaN.
         exists = scale != 0 if divisor is None else (scale != 0) & (divisor != 0)
         exists = exists & named["where"] if "where" in modifiers else exists
         given = {name: named[name] for name in modifiers}
@@ -182,7 +182,7 @@ def _jvp(
     dots = []
     if terms:
         dots.append(sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank))
-    # The factor's relative change: that of an undivided sum may be beyond the type.
+    # Uses the factor's relative change: an undivided sum may overflow.
     changes = []
     for name, dot in of_factor.items():
         base = named[name.removesuffix("_low")]
@@ -218,7 +218,7 @@ def _taylor_terms(
     primals: Sequence[Array], series: Sequence[Sequence[Array]], params: Params
 ) -> list[list[Array]]:
     def at(t: Array) -> list[Array]:
-        """The primitive where the operands' series have got to."""
+        """The primitive, with the operands' series evaluated at t."""
         moved = [
             functools.reduce(lambda sum_, term: term + t * sum_, [*terms[::-1], primal])
             if jnp.issubdtype(primal.dtype, jnp.floating)
@@ -240,9 +240,9 @@ def _taylor_terms(
 def _taylor(
     primals: Sequence[Array], series: Sequence[Sequence[Array]], **params: Any
 ) -> tuple[list[Array], list[list[Array]]]:
-    """For `jax.experimental.jet`: nested uses of the rule above, of which jet knows nothing.
+    """The rule for `jax.experimental.jet`, by nested use of the rule above.
 
-    It does not get through the plain formula, parts of which have a jax.custom_jvp.
+    jet cannot use that rule itself, nor differentiate `_reference.py`, which uses jax.custom_jvp.
     """
     primals = [primal if isinstance(primal, Array) else jnp.asarray(primal) for primal in primals]
     return bce(*primals, **params), _taylor_terms(primals, series, tuple(params.items()))
@@ -254,9 +254,9 @@ if jet is not None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def recompute(operands: tuple[Array, ...], params: Params) -> Array:
-    """The loss, whose backward pass reads the operands again instead of a stored gradient.
+    """The loss; its backward pass reads the operands again instead of a stored gradient.
 
-    `params` are the primitive's, as pairs.
+    `params` are the primitive's parameters, as pairs.
     """
     (loss,) = bce(*operands, kind="loss", **dict(params))
     return loss
@@ -277,7 +277,7 @@ def _recompute_backward(
     factor = wide_cotangent.reshape(cotangent.shape + (1,) * common["reduced_rank"]) * scale
     (logits_bar,) = bce(logits, labels, factor, *others, kind="grad", **common)
 
-    # By the rule above, all of which XLA drops where only the logits' cotangent is asked for.
+    # Uses the rule above; XLA removes all of it if only the logits' cotangent is requested.
     names = (*_OPERANDS, *common["modifiers"])
     moving = [
         i
