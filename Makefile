@@ -40,6 +40,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/out_of_memory/*)
+	$(VENV)/bin/actionlint .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # Every float32 logit and every 16-bit one: about three minutes on two cores.
 exhaustive: $(VENV)/.test
