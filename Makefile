@@ -10,17 +10,24 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-.PHONY: demo pictures test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: demo pictures docs test test-floor test-between test-newest lint exhaustive bench gpu-check clean
 .SECONDARY:
 .SECONDEXPANSION:
 
 demo: $(VENV)/.demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
-# Those of the README. The tests compare what they show with what the scripts draw.
+# Those of the README, and the tables of the newest record of `make bench`. The tests compare what
+# they show with what the scripts draw.
 pictures: $(VENV)/.torch
-	$(RUN) examples/train_digits.py --plot docs/train_digits.png
-	$(RUN) examples/precision.py --plot docs/precision.png
+	$(RUN) examples/train_digits.py --plot docs/train_digits.png --dark docs/train_digits-dark.png
+	$(RUN) examples/precision.py --plot docs/precision.png --dark docs/precision-dark.png
+	$(RUN) examples/speed.py --plot docs/speed.png --dark docs/speed-dark.png \
+	  --pages README.md docs/benchmarks.md
+
+# The documentation's site, in build/docs/index.html.
+docs: $(VENV)/.docs
+	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env docs build/docs
 
 test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
@@ -39,6 +46,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy tests/typed_program.py
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/out_of_memory/*)
 	$(VENV)/bin/actionlint .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
@@ -101,6 +109,7 @@ install = wheel=$$(echo $(dir $(lastword $^))*.whl) && \
 $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := test
 $(VENV)/.lint: EXTRAS := test,lint
+$(VENV)/.docs: EXTRAS := docs
 $(VENV)/.wheels: EXTRAS := wheels
 $(VENV)/.%: $(VENV)/bin/python build/wheel-$(VERSION)/.built
 	$(install)
