@@ -77,7 +77,13 @@ find = $(shell for python in $(PYTHON) python$(1) "$$(pyenv root)"/versions/$(1)
 	$(foreach version,$(or $(firstword $($*)),$*),$(or $(call find,$(version)),$(error \
 	  There is no Python $(version), neither on the PATH nor among pyenv's)) -m venv .venv-$*)
 
-build/wheel-%/.built: .venv-%/bin/python $(SOURCES)
+# A wheel serves until the sources change, or JAX_BCE_CUDA or CUDAARCHS ask for another.
+ASKED := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS)
+ifneq ($(JAX_BCE_CUDA)$(CUDAARCHS),)
+$(shell mkdir -p build; echo '$(ASKED)' | cmp -s - build/.asked || echo '$(ASKED)' >build/.asked)
+endif
+
+build/wheel-%/.built: .venv-%/bin/python $(SOURCES) $(wildcard build/.asked)
 	rm -rf $(@D)
 	$< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	touch $@
