@@ -45,7 +45,7 @@ def times(record: list[dict], case: str, memory: str) -> Times:
         if (line.get("case"), line.get("memory")) != (case, memory):
             continue
         row = found.setdefault(line["n"], {})
-        name, nanoseconds = line["contestant"], line["median_ns_per_element"]
+        name, nanoseconds = line["implementation"], line["median_ns_per_element"]
         if name in NAMES:
             row[NAMES[name]] = nanoseconds
         elif name.startswith("copy"):  # with as many threads as are best
