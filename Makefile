@@ -50,6 +50,7 @@ exhaustive: $(VENV)/.test
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
 bench: $(VENV)/.torch
 	$(RUN) benchmarks/bench.py $(BENCH)
+	$(RUN) benchmarks/calls.py
 
 # On a machine with an NVIDIA GPU, with the packages of $(PYTHON) and no network: builds, runs every
 # test, the exhaustive run and the benchmark, and leaves a record in benchmarks/results/.

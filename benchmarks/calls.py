@@ -32,7 +32,6 @@ from rich.table import Table
 import jax_bce
 
 Function = Callable[..., object]
-COMPILATIONS = 5
 IMPORT = (
     "import jax, time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 )
@@ -99,9 +98,9 @@ def seconds_of(calls: dict[str, Function], seconds: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def seconds_to_compile(function: Function, *operands: jax.Array) -> float:
+def seconds_to_compile(function: Function, repeats: int, *operands: jax.Array) -> float:
     times = []
-    for _ in range(COMPILATIONS):
+    for _ in range(repeats):
         jax.clear_caches()
         start = time.perf_counter()
         jax.jit(jax.value_and_grad(function)).lower(*operands).compile()
@@ -109,13 +108,13 @@ def seconds_to_compile(function: Function, *operands: jax.Array) -> float:
     return statistics.median(times)
 
 
-def seconds_to_import(module: str) -> float:
+def seconds_to_import(module: str, repeats: int) -> float:
     command = [sys.executable, "-c", IMPORT.format(module)]
-    runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(COMPILATIONS))
+    runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(repeats))
     return statistics.median(float(run.stdout) for run in runs)
 
 
-def measure(n: int, seconds: float) -> list[Record]:
+def measure(n: int, seconds: float, repeats: int) -> list[Record]:
     random = np.random.default_rng(n)
     logits = jnp.asarray(3 * random.standard_normal(n), jnp.float32)
     labels = jnp.asarray(random.integers(0, 2, n), jnp.float32)
@@ -127,8 +126,10 @@ def measure(n: int, seconds: float) -> list[Record]:
             calls[name, "jitted", who] = partial(jax.jit(function), logits, labels)
     found = seconds_of(calls, seconds * len(pairs))
     for who, function in (("jax_bce", jax_bce.loss), ("optax", optax_mean)):
-        found["value_and_grad(loss)", "compile", who] = seconds_to_compile(function, logits, labels)
-        found["import", "import", who] = seconds_to_import(who)
+        found["value_and_grad(loss)", "compile", who] = seconds_to_compile(
+            function, repeats, logits, labels
+        )
+        found["import", "import", who] = seconds_to_import(who, repeats)
     common = {
         "date": now(),
         "processor": _processor(),
@@ -157,10 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the overhead of a jax_bce call on this CPU")
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each function")
+    parser.add_argument("--repeats", type=int, default=5, help="number of compilations and imports")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
     options = parser.parse_args()
     output = options.output or RESULTS / f"cpu-calls-{datetime.date.today().isoformat()}.jsonl"
-    results = measure(options.n, options.seconds)
+    results = measure(options.n, options.seconds, options.repeats)
     output.write_text("".join(json.dumps(record) + "\n" for record in results))
     console = Console(width=110)
     console.print(table_of(results))

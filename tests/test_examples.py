@@ -153,3 +153,15 @@ def test_benchmark(cpu: str, tmp_path: Path) -> None:
         assert record["rounds"] >= 7
         assert record["median_ns_per_element"] > 0
         assert record["share_of_copy_bandwidth"] > 0
+
+
+def test_benchmark_of_calls(cpu: str, tmp_path: Path) -> None:
+    """Small, for its records: speed is no matter of a test."""
+    small = ("--n", "8", "--seconds", "0.01", "--repeats", "1", "--output", "records.jsonl")
+    run("benchmarks/calls.py", *small, folder=tmp_path, platform=cpu)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    cases = {(record["call"], record["case"], record["implementation"]) for record in records}
+    for name in ("loss", "loss_and_grad", "grad_and_hess", "focal_loss", "asymmetric_loss"):
+        assert {(name, case, "jax_bce") for case in ("eager", "jitted")} <= cases
+    assert {("import", "import", name) for name in ("jax_bce", "optax")} <= cases
+    assert all(record["median_us"] > 0 for record in records)
