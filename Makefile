@@ -36,12 +36,22 @@ test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/
 test-floor test-between test-newest: test-%: .venv-%/.versions
 	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) .venv-$*/bin/pytest -n auto -m "not any_jax"
 
+# For each Python that is here, a wheel for other machines, in dist/. Its manylinux tag says which.
+# Each is tried on the oldest and the newest JAX.
+.PHONY: wheels
+wheels: $$(foreach version,3.11 3.12 3.13 3.14 3.15,$$(if $$(call find,$$(version)),dist/.tried-$$(version)))
+	ls -sh dist/*.whl
+
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_program.py
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/out_of_memory/*)
+	$(VENV)/bin/actionlint .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # Every float32 logit and every 16-bit one: about three minutes on two cores.
 exhaustive: $(VENV)/.test
@@ -72,6 +82,25 @@ build/wheel-%/.built: .venv-%/bin/python $(SOURCES)
 	$< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	touch $@
 
+dist/.repaired-%: $(VENV)/.wheels build/wheel-%/.built
+	mkdir -p dist
+	rm -f dist/*-cp$(subst .,,$*)-*.whl
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist build/wheel-$*/*.whl
+	$(VENV)/bin/auditwheel show dist/*-cp$(subst .,,$*)-*.whl
+	$(RUN) -m zipfile --list dist/*-cp$(subst .,,$*)-*.whl
+	touch $@
+
+# Python 3.15 came after the oldest JAX of the others.
+floor-3.15 := 3.15 jax==0.11.1 jaxlib==0.11.1
+dist/.tried-%: dist/.repaired-% tests/smoke.py
+	for jax in "$(wordlist 2,3,$(or $(floor-$*),$(floor)))" "$(wordlist 2,3,$(newest))"; do \
+	  rm -rf build/try-$* && $(call find,$*) -m venv build/try-$* && \
+	  build/try-$*/bin/python -m pip install --quiet --disable-pip-version-check $$jax dist/*-cp$(subst .,,$*)-*.whl && \
+	  build/try-$*/bin/python -W error -P tests/smoke.py || exit; \
+	done
+	rm -rf build/try-$*
+	touch $@
+
 # The wheel that the last prerequisite tells of. pip leaves an older one of the same version in place.
 install = wheel=$$(echo $(dir $(lastword $^))*.whl) && \
   $< -m pip install --quiet --disable-pip-version-check "$$wheel[$(EXTRAS)]" $(1) && \
@@ -82,6 +111,7 @@ $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := test
 $(VENV)/.lint: EXTRAS := test,lint
 $(VENV)/.docs: EXTRAS := docs
+$(VENV)/.wheels: EXTRAS := wheels
 $(VENV)/.%: $(VENV)/bin/python build/wheel-$(VERSION)/.built
 	$(install)
 	touch $@
@@ -107,4 +137,4 @@ $(VENV)/.torch: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf build .venv-*
+	rm -rf build dist .venv-*
