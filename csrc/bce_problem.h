@@ -9,12 +9,13 @@
 namespace jax_bce {
 
 // The order of a row's sum is the same on every platform, so that all of them give the same bits:
-//     A group of 1024 elements is added up by 32 threads. For k = 0, ..., 7, in this order, thread
-//     t takes the four elements 256 (t / 8) + 32 k + 4 (t % 8) + c, c = 0, ..., 3, and adds each c
-//     to its own lane; then it adds its lanes as (0 + 2) + (1 + 3). Threads are folded by halves: t
-//     and t + 16, then t + 8, t + 4, t + 2, t + 1. A block is 8 groups, added in order. The blocks
-//     of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in this order.
-//     Each 32 threads are folded by halves, and the 8 sums are added in order.
+//   - A group of 1024 elements is added up by 32 threads. For k = 0, ..., 7, in this order,
+//     thread t takes the four elements 256 (t / 8) + 32 k + 4 (t % 8) + c, c = 0, ..., 3, and adds
+//     each c to its own lane; then it adds its lanes as (0 + 2) + (1 + 3).
+//   - Threads are folded by halves: t and t + 16, then t + 8, t + 4, t + 2, t + 1.
+//   - A block is 8 groups, added in order.
+//   - The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
+//     this order. Each 32 threads are folded by halves, and the 8 sums are added in order.
 // All sums are in float64, except that a lane first adds the low parts of its losses, which are
 // pairs, in the arithmetic's type: they are small enough. (For 16-bit logits a GPU uses different
 // arithmetic, and only the order is the same.)
