@@ -114,7 +114,7 @@ def ratios(rows: Times) -> str:
     *most, last = found
     sizes = f"{_power(min(rows))} to {_power(max(rows))} elements"
     peers = f"{', '.join(most)} and {last}"
-    return f"Computing loss and gradient for {sizes} takes {peers} as long as with jax_bce."
+    return f"Computing loss and gradient for {sizes} takes {peers} as long as jax_bce."
 
 
 def texts(record: list[dict]) -> dict[str, str]:
