@@ -176,8 +176,8 @@ def table_of(
     logits = 4 * jax.random.normal(jax.random.key(1), shape)
     labels = jax.random.bernoulli(jax.random.key(2), 0.3, shape).astype(jnp.uint8)
     table = Table(title=f"value_and_grad of {title}, {shape[0]} x {shape[1]} float32, uint8 labels")
-    for column in "", "ms", "times", "of", "temporary bytes":
-        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for column in "", "ms", "ratio", "to", "temporary bytes":
+        table.add_column(column, justify="left" if column in ("", "to") else "right")
     records = []
     for group in groups:
         times, temporary = measure(group, logits, labels, seconds)
