@@ -1,11 +1,11 @@
-"""What a call costs beside the elements: eager, jitted, compiled for the first time, imported.
+"""Measures the overhead of a call: eager, jitted, compile time and import time.
 
     python benchmarks/calls.py --n 128 --seconds 2
 
-Microseconds a call of few float32 logits, the mean, and beside each what a user of optax would call
-for it. Every round takes one sample of every call, in a rotating order; reported are medians.
-`compile` is tracing and compiling `value_and_grad` with empty caches; `import`, what that takes in
-a new process that has imported jax.
+Reports microseconds per call on a few float32 logits, next to what a user of optax would call for
+the same result. Each round takes one sample of every call, in a rotating order; medians are
+reported. `compile` is the time to trace and compile `value_and_grad` with empty caches. `import` is
+the time to import the package in a new process that has already imported jax.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def optax_mean(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def optax_weighted(logits, labels, *, weight, where):
-    """What a user of optax writes."""
+    """What an optax user writes."""
     losses = weight * optax_losses(logits, labels)
     return jnp.where(where, losses, 0).sum() / where.sum()
 
@@ -54,7 +54,7 @@ def optax_focal(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def functions(n: int) -> dict[str, tuple[Function, Function]]:
-    """Ours, and optax's for the same, or else its mean loss."""
+    """Each jax_bce function with its optax equivalent, or with optax's mean loss if it has none."""
     random = np.random.default_rng(n)
     options = {
         "weight": jnp.asarray(random.random(n), jnp.float32),
@@ -79,7 +79,7 @@ def functions(n: int) -> dict[str, tuple[Function, Function]]:
 
 
 def seconds_of(calls: dict[str, Function], seconds: float) -> dict[str, float]:
-    """The median of each."""
+    """The median seconds per call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     number, names = {}, list(calls)
     for name, call in calls.items():
@@ -155,10 +155,10 @@ def table_of(results: list[Record]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what a call of jax_bce costs on this CPU")
+    parser = argparse.ArgumentParser(description="the overhead of a jax_bce call on this CPU")
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each function")
-    parser.add_argument("--repeats", type=int, default=5, help="of compilations and imports")
+    parser.add_argument("--repeats", type=int, default=5, help="number of compilations and imports")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
     options = parser.parse_args()
     output = options.output or RESULTS / f"cpu-calls-{datetime.date.today().isoformat()}.jsonl"

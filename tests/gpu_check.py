@@ -366,7 +366,7 @@ def profile(check: Check) -> None:
     records = check.record.with_name(check.record.stem + "-benchmark.jsonl")
     command = (sys.executable, "benchmarks/gpu.py", "--profile", "--output", records)
     result = check.run("profile", command, 300)
-    result.findings["moved"] = re.findall(r".*bytes an element.*", check.output)
+    result.findings["moved"] = re.findall(r".*bytes per element.*", check.output)
     check.write(result)
 
 

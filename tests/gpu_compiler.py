@@ -161,7 +161,7 @@ def main() -> None:
     prepare()
     print(f"jaxlib {jaxlib.__version__}, optax {optax.__version__}; logits {SHAPE}.\n")
     print(
-        "| program | logits, labels | kernels | bytes an element | temporary bytes | collectives |"
+        "| program | logits, labels | kernels | bytes per element | temporary bytes | collectives |"
     )
     print("| --- | --- | --: | --: | --: | --- |")
     for name in PROGRAMS:

@@ -147,7 +147,7 @@ def test_benchmark(cpu: str, tmp_path: Path) -> None:
     run("benchmarks/bench.py", *small, folder=tmp_path, platform=cpu)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert {record["case"] for record in records} == {"value, mean", "value_and_grad, mean"}
-    assert {"jax_bce", "optax", "jnp"} <= {record["contestant"] for record in records}
+    assert {"jax_bce", "optax", "jnp"} <= {record["implementation"] for record in records}
     for record in records:
         assert record["n"] == 1024
         assert record["rounds"] >= 7
