@@ -10,7 +10,7 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-.PHONY: demo pictures test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: demo pictures test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
 .SECONDARY:
 .SECONDEXPANSION:
 
@@ -22,12 +22,20 @@ pictures: $(VENV)/.torch
 	$(RUN) examples/train_digits.py --plot docs/train_digits.png
 	$(RUN) examples/precision.py --plot docs/precision.png
 
-test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
+# pytest on all cores: a process that has nothing left takes over what others have.
+pytest = JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(1)/bin/pytest -n auto --dist worksteal
+
+# Every test, but a sample of the cases of each.
+test: $(VENV)/.test
+	$(call pytest,$(VENV))
+
+# Every case, also against PyTorch, and with XLA's compiler for GPUs.
+test-all: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
+	$(call pytest,$(VENV)) --all
 
 # Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
 test-floor test-between test-newest: test-%: .venv-%/.versions
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) .venv-$*/bin/pytest -n auto -m "not any_jax"
+	$(call pytest,.venv-$*) -m "not any_jax"
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
