@@ -1,8 +1,8 @@
 """What a run without `--all` leaves out: most cases of a grid, what takes long, most examples.
 
 Every test is run, but for those marked `thorough`. Of a parametrized one, cases are chosen in which
-each value of each parameter occurs, and each with each implementation. The choice is the same in
-every run.
+each value of each parameter occurs, and does so with each kernel. XLA's own code has one case or
+more. The choice is the same in every run.
 """
 
 from collections import Counter, defaultdict
@@ -14,8 +14,6 @@ import pytest
 everything = False
 # Of the examples that hypothesis draws in a run with `--all`, a run without it has one in so many.
 FEWER = 5
-# Parameters that others are paired with: every promise is one of each kernel.
-PAIRED = ("implementation", "platform")
 
 
 def examples(number: int) -> int:
@@ -49,8 +47,9 @@ def members(item: pytest.Item) -> list[Hashable]:
     """What a case is to stand for: its parameters' values, which may be of any type."""
     call = getattr(item, "callspec", None)
     values = {name: repr(value) for name, value in call.params.items()} if call else {}
-    pairs = tuple(values.get(name) for name in PAIRED)
-    return [(name, value, *pairs) for name, value in values.items()]
+    implementation = values.get("implementation", "xla")
+    alone = [*values.items()]
+    return alone if "xla" in implementation else alone + [(*one, implementation) for one in alone]
 
 
 def of(items: Sequence[pytest.Item]) -> list[pytest.Item]:

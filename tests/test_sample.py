@@ -53,7 +53,7 @@ def test_all_leaves_out_nothing(
 def test_a_sample_has_every_test(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And every value of each parameter, with every implementation that it goes with."""
+    """And every value of each parameter, with every kernel that it goes with."""
     monkeypatch.setattr(sample, "everything", False)
     items = [i for i in request.session.items if not i.get_closest_marker("thorough")]
     chosen = sample.of(items)

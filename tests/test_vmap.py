@@ -46,8 +46,8 @@ IN_AXES = {
 
 @pytest.fixture(params=FUNCTIONS)
 def function(request: pytest.FixtureRequest, implementation: str) -> Callable:
-    """From logits and labels to a tuple of arrays, or one."""
-    return FUNCTIONS[request.param](implementation=implementation)
+    """From logits and labels to a tuple of arrays, or one; compiled, as a loop calls it often."""
+    return jax.jit(FUNCTIONS[request.param](implementation=implementation))
 
 
 def assert_close(actual: object, expected: object) -> None:

@@ -195,6 +195,7 @@ def test_nothing_of_a_dropped_element_is_seen(
     labels[1] = -1
     sample_weight = np.float32([1, 2, 3])
 
+    @jax.jit
     def evaluate(*operands):
         def f(logits, labels, weight, pos_weight, sample_weight):
             return jnp.sum(
@@ -223,11 +224,10 @@ def test_nothing_of_a_dropped_element_is_seen(
 
 
 @pytest.mark.parametrize("divisor", ["where", "ignore_label", "normalizer", "weight", "empty"])
-@pytest.mark.parametrize("value", [1.0, np.nan, np.inf])
-def test_a_denominator_of_zero(implementation: str, divisor: str, value: float) -> None:
+def test_a_denominator_of_zero(implementation: str, divisor: str) -> None:
     """Loss 0 and gradient 0, whatever the logits are, and never NaN."""
     shape = (0, 3) if divisor == "empty" else (2, 3)
-    logits, labels = np.full(shape, value, np.float32), np.zeros(shape, np.float32)
+    labels = np.zeros(shape, np.float32)
     keywords = {
         "where": {"where": np.zeros(2, bool)},
         "ignore_label": {"ignore_label": 0},
@@ -236,12 +236,13 @@ def test_a_denominator_of_zero(implementation: str, divisor: str, value: float) 
         "empty": {"sample_weight": np.ones(0, np.float32)},
     }[divisor]
     for residuals in "gradient", "recompute":
-        loss, gradient = jax.value_and_grad(jax_bce.loss)(
-            logits, labels, **keywords, residuals=residuals, implementation=implementation
-        )
-        oracle.assert_same_bits(loss, np.float32(0))
-        assert not np.asarray(gradient).any()
-        assert not np.isnan(gradient).any()
+        keywords |= {"residuals": residuals, "implementation": implementation}
+        function = jax.jit(jax.value_and_grad(partial(jax_bce.loss, **keywords)))
+        for value in 1, np.nan, np.inf:
+            loss, gradient = function(np.full(shape, value, np.float32), labels)
+            oracle.assert_same_bits(loss, np.float32(0))
+            assert not np.asarray(gradient).any()
+            assert not np.isnan(gradient).any()
 
 
 def test_rows_without_an_element_beside_others(implementation: str) -> None:
