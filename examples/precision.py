@@ -16,25 +16,23 @@ Prints both as tables, then six elements far out and at infinity, and saves a pl
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from picture import save
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from picture import WIDTH, Colors, add_options, plt, save
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jax_bce
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # From logits (n,) and labels (n,) to losses (n,) and gradients (n,).
 Elements = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -73,7 +71,7 @@ def torch_elements(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     return loss.detach().numpy(), x.grad.numpy()
 
 
-def contestants(console: Console) -> dict[str, Elements]:
+def peers(console: Console) -> dict[str, Elements]:
     found: dict[str, Elements] = {"jax_bce": of_jax(jax_bce_loss)}
     found["optax"] = of_jax(optax.sigmoid_binary_cross_entropy)
     for name, package, elements in (
@@ -131,48 +129,76 @@ def cases(found: dict[str, Elements]) -> Table:
     return table
 
 
-STYLES = {
-    "exact": {"color": "#BBBBBB", "linewidth": 7, "solid_capstyle": "round"},
-    "jax_bce": {"color": "#0072B2", "linewidth": 2},
-    "optax": {"color": "#009E73", "linewidth": 2, "linestyle": "--"},
-    "PyTorch": {"color": "#D55E00", "linewidth": 2},
-    "Keras 3 on JAX": {"color": "#CC79A7", "linewidth": 2},
+LINES = {
+    "exact": {"linewidth": 7, "solid_capstyle": "round"},
+    "jax_bce": {"linewidth": 2.5},
+    "optax": {"linewidth": 2.5, "linestyle": (0, (4, 3))},
+    "PyTorch": {"linewidth": 3},
+    "Keras 3 on JAX": {"linewidth": 2.5},
 }
 
 
-def plot(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+def draw_floors(
+    axis: Axes,
+    margins: np.ndarray,
+    curves: dict[str, np.ndarray],
+    lines: dict[str, dict],
+    colors: Colors,
+) -> None:
+    """Each curve as far as it goes, and a note where it ends."""
+    ends: dict[tuple[int, str], list[str]] = {}
+    for name, values in curves.items():
+        shown = np.where(values > 0, values, np.nan)
+        axis.plot(margins, shown, label=name, color=colors[name], **lines.get(name, {}))
+        if not (values > 0).all():
+            first = int(np.argmin(values > 0))
+            becomes = "0" if values[first] == 0 else "NaN"
+            ends.setdefault((first, becomes), []).append(name)
+        elif values[-1] == values[-2]:  # a floor
+            note = f"{name}: never below {values[-1]:.2g}"
+            place = {"xytext": (0, -6), "textcoords": "offset points", "ha": "right", "va": "top"}
+            axis.annotate(note, (margins[-1], values[-1]), color=colors[name], **place)
+    # Notes on the first ends stand right of them, one above the other; on the last ones, left.
+    early = sorted(end for end in ends if end[0] <= 40)
+    for (first, becomes), names in ends.items():
+        last = (margins[first - 1], curves[names[0]][first - 1])
+        color = colors[names[0]]
+        axis.plot(*last, "o", color=color)
+        note = f"{', '.join(names)}: {becomes} from {first}"
+        place = {"ha": "right", "va": "top", "xytext": (-10, 4)}
+        if (first, becomes) in early:
+            above = 13 * (len(early) - 1 - early.index((first, becomes)))
+            place = {"ha": "left", "va": "bottom", "xytext": (9, above + 1)}
+        axis.annotate(note, last, textcoords="offset points", color=color, **place)
+    axis.set(yscale="log", xlabel="margin a: logit a, label 1, or logit -a, label 0")
+    axis.set_yticks(10.0 ** np.arange(-45, 1, 15))
+    axis.minorticks_off()
+
+
+def draw(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], colors: Colors) -> Figure:
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 5.4), sharex=True)
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        ends: dict[int, list[str]] = {}
-        for name, values in curves.items():
-            axis.plot(margins, np.where(values > 0, values, np.nan), label=name, **STYLES[name])
-            if not values.all():
-                ends.setdefault(int(np.argmin(values > 0)), []).append(name)
-        for first, names in ends.items():
-            last = (margins[first - 1], curves[names[0]][first - 1])
-            color = STYLES[names[0]]["color"]
-            axis.plot(*last, "o", color=color)
-            note = f"{', '.join(names)}:\n0 from a = {first}"
-            right = {"ha": "right", "xytext": (-8, -16)} if first > 40 else {"xytext": (8, 4)}
-            axis.annotate(note, last, textcoords="offset points", color=color, fontsize=8, **right)
-        axis.set(yscale="log", xlabel="margin a of a right answer", title=title)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower left", fontsize=8)
-    save(figure, path)
+        draw_floors(axis, margins, curves, LINES, colors)
+        middle = len(margins) // 2
+        place = {"xytext": (8, 0), "textcoords": "offset points"}
+        exact = (margins[middle], curves["exact"][middle])
+        axis.annotate("exact (grey)", exact, color=colors["text"], **place)
+        axis.set_title(f"{title.capitalize()} of a right answer, float32")
+    axes[0].set_xlabel("")
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How small a loss can each report?")
     parser.add_argument("--max", type=int, default=110, help="the largest margin")
-    parser.add_argument("--plot", type=Path, default=Path("precision.png"))
+    add_options(parser, "precision.png")
     options = parser.parse_args()
 
     console = Console()
     margins = np.arange(options.max + 1)
     e = np.exp(-margins.astype(np.float64))
     losses, gradients = {"exact": np.log1p(e)}, {"exact": e / (1 + e)}
-    found = contestants(console)
+    found = peers(console)
     for name, elements in found.items():
         losses[name], gradients[name] = measure(elements, margins)
 
@@ -181,7 +207,7 @@ def main() -> None:
     for title, rows in panels.items():
         console.print(table_of(f"{title} of a right answer", shown, rows))
     console.print(cases(found))
-    plot(margins, panels, options.plot)
+    save(partial(draw, margins, panels), options.plot, options.dark)
     console.print(f"Plot: {options.plot}")
 
 

@@ -9,13 +9,21 @@ probabilities round to 0 or 1 in float32. There the logarithm of a probability i
 clipped one has no gradient, and training stops before it starts. A loss on logits trains, optax's
 and this one: an accuracy near 0.97, where the three on probabilities stay near 0.50.
 
-Prints accuracy and loss by step and saves a plot.
+Two things tell those apart. The gradient of a right answer that is sure of itself is 0 from a logit
+of 17 on with probabilities, 88 with optax, 104 with jax_bce, where float32 ends. And a call for
+loss and gradient takes a fraction of the time, as measured here. (Of the steps of this training,
+the loss is a small part: most of their time goes into the network.)
+
+Prints accuracy and loss by step, where gradients end and what a call takes, and saves a picture.
 """
 
 import argparse
 import os
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,29 +31,32 @@ os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from picture import save
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from picture import MEASURED, WIDTH, Colors, add_options, plt, save
+from precision import LINES as FLOORS
+from precision import draw_floors, keras_loss, measure, of_jax
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import jax_bce
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 Weights = list[tuple[jax.Array, jax.Array]]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
-COLORS = {
-    "naive": "#D55E00",
-    "clipped": "#E69F00",
-    "Keras 3 on JAX": "#CC79A7",
-    "jax_bce": "#0072B2",
-    "optax on logits": "#000000",
+# Curves lie on each other: the later ones are thinner, or broken.
+LINES = {
+    "naive": {"linewidth": 8},
+    "clipped": {"linewidth": 5},
+    "Keras 3 on JAX": {"linewidth": 2, "linestyle": "--"},
+    "jax_bce": {"linewidth": 7},
+    "optax": {"linewidth": 2.5, "linestyle": (0, (2, 2))},
 }
+MARGINS = np.arange(111)
+BATCHES = (1_000, 32_000, 1_000_000)
 
 
 @dataclass
@@ -171,29 +182,89 @@ def table_of(curves: dict[str, Curve]) -> Table:
     return table
 
 
-def plot(curves: dict[str, Curve], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    # Curves lie on each other: the later ones are thinner, and broken.
-    lines = [("-", 8.0), ("-", 5.0), ("--", 2.0), ("-", 5.0), (":", 2.0)]
-    styles = dict(zip(COLORS, lines, strict=True))
+def gradients_of(loss: Loss) -> np.ndarray:
+    """The magnitude of the gradient of a right answer, for each margin."""
+    one_by_one = jax.vmap(lambda logit, label: loss(logit[None], label[None]))
+    return measure(of_jax(one_by_one), MARGINS)[1]
+
+
+def times_of(losses: dict[str, Loss], batch: int, seconds: float = 0.5) -> dict[str, float]:
+    """Seconds that a compiled call for the mean and its gradient takes: medians of turns."""
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(3 * random.standard_normal(batch, np.float32))
+    labels = jnp.asarray(random.integers(0, 2, batch).astype(np.float32))
+    calls = {name: jax.jit(jax.value_and_grad(loss)) for name, loss in losses.items()}
+    for call in calls.values():
+        jax.block_until_ready(call(logits, labels))  # compiled before it is timed
+    turns: dict[str, list[float]] = {name: [] for name in losses}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, call in calls.items():
+            jax.block_until_ready(call(logits, labels))
+            start = time.perf_counter()
+            jax.block_until_ready(call(logits, labels))
+            turns[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in turns.items()}
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+def table_of_tails(gradients: dict[str, np.ndarray], times: dict[int, dict[str, float]]) -> Table:
+    table = Table(title="a right answer's gradient ends at a logit of; time of loss and gradient")
+    table.add_column("")
+    table.add_column("ends at", justify="right")
+    for batch in times:
+        table.add_column(f"{batch:,} logits", justify="right")
+    for name, values in gradients.items():
+        end = str(int(np.argmin(values > 0)))
+        measured = [in_words(row[name]) if name in row else "" for row in times.values()]
+        table.add_row(name, end, *measured)
+    return table
+
+
+def draw_accuracy(axis: Axes, curves: dict[str, Curve], title: str, colors: Colors) -> None:
     for name, curve in curves.items():
-        line, width = styles[name]
-        style = {"color": COLORS[name], "label": name, "linestyle": line, "linewidth": width}
-        axes[0].plot(curve.accuracy, marker="o", markersize=width + 2, **style)
-        finite = np.where(np.isfinite(curve.loss), curve.loss, np.nan)
-        axes[1].plot(finite, marker="o", markersize=width + 2, **style)
-    axes[0].set(ylim=(0.4, 1.02), ylabel="training accuracy")
-    axes[1].set(yscale="log", ylabel="mean loss, as each reports it")
-    broken = [name for name, curve in curves.items() if not np.isfinite(curve.loss[-1])]
-    if broken:
-        note = f"{', '.join(broken)}: not a number from the first step"
-        axes[1].text(0.98, 0.94, note, transform=axes[1].transAxes, ha="right", color="#555555")
-    for axis in axes:
-        axis.set(xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="center right")
-    save(figure, path)
+        style = {"color": colors[name], "label": name, "marker": "o"} | LINES[name]
+        axis.plot(curve.accuracy, markersize=style["linewidth"] + 2, **style)
+    axis.set(ylim=(0.4, 1.02), xlabel="step of gradient descent", ylabel="training accuracy")
+    axis.set_title(title)
+    axis.legend(loc="center right")
+
+
+def draw_times(axis: Axes, times: dict[int, dict[str, float]], colors: Colors) -> None:
+    """How many times as long as jax_bce, with the time itself beside each bar."""
+    places, ticks = [], []
+    for batch, row in reversed(times.items()):
+        ticks.append(f"{batch:,}\nlogits")
+        places.append(len(ticks) * 3.0 - 0.5)
+        for offset, (name, seconds) in enumerate(reversed(row.items())):
+            place, ratio = len(ticks) * 3.0 - 1 + offset, seconds / row["jax_bce"]
+            label = f"{name}, {batch}"
+            axis.barh(place, ratio, 0.9, color=colors[name], label=label, gid=MEASURED)
+            note = f" {name}: {in_words(seconds)}"
+            axis.text(ratio, place, note, va="center", color=colors[name], gid=MEASURED)
+    axis.set_yticks(places, ticks)
+    axis.set_xlim(0, 1.4 * axis.get_xlim()[1])  # room for the notes
+    axis.set_xlabel("times jax_bce")
+    axis.set_title("Time of loss and gradient, on this machine")
+    axis.grid(axis="y", visible=False)
+
+
+def draw(
+    curves: dict[str, Curve],
+    gradients: dict[str, np.ndarray],
+    times: dict[int, dict[str, float]],
+    title: str,
+    colors: Colors,
+) -> Figure:
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 9), height_ratios=(3, 2.6, 2.4))
+    draw_accuracy(axes[0], curves, title, colors)
+    draw_floors(axes[1], MARGINS, gradients, FLOORS, colors)
+    axes[1].set_title("Gradient of a right answer, float32")
+    draw_times(axes[2], times, colors)
+    return figure
 
 
 def main() -> None:
@@ -206,19 +277,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.01, help="of plain SGD")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, default=Path("train_digits.png"))
+    add_options(parser, "train_digits.png")
     options = parser.parse_args()
 
     console = Console()
     data = load(options.data, options.samples)
     weights = initial_weights(data.pixels.shape[1], options.hidden, options.seed)
-    losses: dict[str, Loss | None] = {"naive": naive, "clipped": clipped}
+    losses: dict[str, Loss] = {"naive": naive, "clipped": clipped}
     if find_spec("keras"):
-        losses["Keras 3 on JAX"] = None
+        losses["Keras 3 on JAX"] = keras_loss
     else:
-        console.print("Keras is not installed, so it is left out: pip install 'jax-bce[examples]'")
-    losses["jax_bce"] = jax_bce.loss
-    losses["optax on logits"] = optax_loss
+        console.print("Keras is not installed, so it is left out: pip install keras")
+    losses |= {"jax_bce": jax_bce.loss, "optax": optax_loss}
 
     curves: dict[str, Curve] = {}
     with Progress(console=console, transient=True) as progress:
@@ -231,14 +301,20 @@ def main() -> None:
                 options.rate,
                 lambda t=task: progress.advance(t),
             )
-            curves[name] = train(loss, *arguments) if loss else train_keras(*arguments)
+            keras = name.startswith("Keras")
+            curves[name] = train_keras(*arguments) if keras else train(loss, *arguments)
 
+    gradients = {name: gradients_of(loss) for name, loss in losses.items()}
+    train_well = {"jax_bce": losses["jax_bce"], "optax": losses["optax"]}
+    times = {batch: times_of(train_well, batch) for batch in BATCHES}
     console.print(table_of(curves))
-    plot(curves, options.plot)
+    console.print(table_of_tails(gradients, times))
+    title = f"{len(data.labels):,} digits, pixels 0..255: which losses train?"
+    save(partial(draw, curves, gradients, times, title), options.plot, options.dark)
     console.print(
         f"{len(data.labels)} digits, {options.steps} steps: "
         + ", ".join(f"{name} {curve.accuracy[-1]:.2f}" for name, curve in curves.items())
-        + f". Plot: {options.plot}",
+        + f". Picture: {options.plot}",
         soft_wrap=True,
     )
 

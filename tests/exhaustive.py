@@ -4,7 +4,7 @@
     python tests/exhaustive.py --stride 4096 --implementation xla
     python tests/exhaustive.py --implementation cuda    # on a GPU; the others on the CPU
 
-Prints, as a table for the README, the largest error in ulp, where it occurs, and the share of
+Prints, as a table for docs/accuracy.md, the largest error in ulp, where it occurs, and the share of
 results that are the exact value rounded once. Fails if one of them is outside the contract.
 
 A float32 magnitude a is asked four times, (a, 0), (-a, 1), (a, 1) and (-a, 0); the first two have
@@ -173,7 +173,7 @@ def main() -> int:
         "values",
         "max ulp",
         "at logit, label",
-        "rounded once",
+        "correctly rounded",
     ):
         table.add_column(column, no_wrap=True)
     failed = False

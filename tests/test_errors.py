@@ -287,8 +287,8 @@ def test_the_relatives_have_the_keywords_of_loss() -> None:
     assert shared.pop("residuals") == "gradient"
     assert shared == {
         k: v.default
-        for k, v in inspect.signature(_arguments.prepare).parameters.items()
-        if v.kind is v.KEYWORD_ONLY and k != "name"
+        for k, v in inspect.signature(_arguments.checked).parameters.items()
+        if v.kind is v.KEYWORD_ONLY and k not in ("name", "numbers")
     }
     assert set(shared) - {"pos_weight"} == set(_arguments.Keywords.__annotations__)
 

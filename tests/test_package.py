@@ -292,6 +292,14 @@ def test_the_readme_says_where_small_gradients_are_flushed(cpu: str) -> None:
         assert f"{float(value):.3g}" == "8.19e-40"
 
 
+@pytest.mark.any_jax
+def test_the_api_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    assert sorted(re.findall(r"autofunction:: (\w+)", page)) == sorted(jax_bce.__all__)
+    modules = {f"jax_bce.{name}" for name in ("keras", "optax", "torch_like")}
+    assert set(re.findall(r"automodule:: (\S+)", page)) == modules
+
+
 def test_readme_examples() -> None:
     """Every Python block of the README runs as it stands, one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -922,6 +922,10 @@ def test_subnormal_probabilities(check, dtype: np.dtype) -> None:
         "compiled": compiled(of, probs),
         "mapped": jax.vmap(of)(probs),
         "clipped": of(probs, epsilon=0.0),
+        "clipped at a constant, compiled": compiled(partial(of, epsilon=0.0), probs),
+        "clipped in a sum, compiled": compiled(
+            lambda p: jax.vmap(partial(of, epsilon=0.0, reduction="sum"))(p[:, None]), probs
+        ),
     }
     for how, loss in losses.items():
         check.ulps(f"subnormal, {how}", loss, -np.log(wide), rounded(dtype))

@@ -1,8 +1,8 @@
 """Binary cross-entropy for JAX: sigmoid, loss and gradient in one exact, fused kernel."""
 
 import importlib as _importlib
+import typing as _typing
 from importlib.metadata import version as _version
-from typing import Any as _Any
 
 from jax_bce._check import checking
 from jax_bce._logits_of import logits_of
@@ -20,10 +20,21 @@ __all__ = [
     "loss_from_probs",
 ]
 __version__ = _version("jax-bce")
+_DROP_INS = ("keras", "optax", "torch_like")
+
+# They are imported when they are first used, and Keras with its own. A type checker sees plain
+# imports: with __getattr__, it would accept any name.
+if _typing.TYPE_CHECKING:
+    from jax_bce import keras as keras
+    from jax_bce import optax as optax
+    from jax_bce import torch_like as torch_like
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in _DROP_INS:
+            return _importlib.import_module(f"jax_bce.{name}")
+        raise AttributeError(f"module 'jax_bce' has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> _Any:
-    """The drop-ins are imported when they are first used, and Keras with its own."""
-    if name in ("keras", "optax", "torch_like"):
-        return _importlib.import_module(f"jax_bce.{name}")
-    raise AttributeError(f"module 'jax_bce' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DROP_INS})

@@ -76,7 +76,7 @@ def fixes(
     return "; ".join(texts)
 
 
-def fixes_of_labels(name: str, labels: Array, shape: Sequence[int], of: str) -> str:
+def fixes_of_labels(name: str, labels: Array | np.ndarray, shape: Sequence[int], of: str) -> str:
     """What to do about labels of another shape: all that they may mean; "" for nothing."""
     own = labels.shape
     if [size for size in own if size != 1] == [size for size in shape if size != 1]:

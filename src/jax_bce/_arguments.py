@@ -1,33 +1,27 @@
-"""What a user passes, checked, and as the primitive takes it."""
+"""What a user passes, checked before anything is computed."""
 
-import math
+from __future__ import annotations
+
+import inspect
 import operator
 import reprlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.lax import stop_gradient
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_bce import _check
 from jax_bce._alignment import fixes, fixes_of_labels, spelled
-from jax_bce._call import MODIFIERS
 from jax_bce._callers import refuse_keras
-from jax_bce._operands import FLOATS, known, operand, ranged, typed
-from jax_bce._primitive import bce, missing, vary_alike
-from jax_bce._reference import (
-    Elements,
-    arithmetic_dtype,
-    divide,
-    elements,
-    in_two_parts,
-    sum_trailing,
-)
+from jax_bce._operands import FLOATS, AnyArray, known, operand, ranged, typed
+from jax_bce._primitive import missing
 
-_REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
+Reduction = Literal["none", "sum", "mean", "weighted_mean"]
+Implementation = Literal["cpu", "cuda", "xla"]
+Residuals = Literal["gradient", "recompute"]
+
 _SAME = {  # what Keras and others call a reduction
     None: "none",
     "average": "mean",
@@ -40,7 +34,7 @@ _SCORES = {
     "or logits.astype(jnp.float32)",
     "probs": "probs come first, labels second; or use probs.astype(jnp.float32)",
 }
-IMPLEMENTATIONS = (None, "cpu", "cuda", "xla")
+_FUNCTION = TypeVar("_FUNCTION", bound=Callable[..., Any])
 
 
 class Keywords(TypedDict, total=False):
@@ -51,11 +45,11 @@ class Keywords(TypedDict, total=False):
     label_smoothing: ArrayLike
     where: ArrayLike | None
     ignore_label: ArrayLike | None
-    reduction: str
+    reduction: Reduction
     axis: int | Sequence[int] | None
     normalizer: ArrayLike | None
     dtype: DTypeLike | None
-    implementation: str | None
+    implementation: Implementation | None
 
 
 _RESIDUALS = "residuals is an option of jax_bce.loss alone"
@@ -79,52 +73,30 @@ def only_known(function: str, keywords: Keywords) -> None:
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
-class Call(NamedTuple):
-    """A validated call: the primitive's operands and parameters, with the summed axes last."""
+def shows_keywords(function: _FUNCTION) -> _FUNCTION:
+    """The function, whose signature shows what it takes as ``**keywords``."""
+    signature, shared = inspect.signature(function), inspect.signature(checked).parameters
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [shared[name] for name in Keywords.__annotations__]
+    function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore
+    return function
 
-    operands: tuple[Array, ...]
-    params: dict[str, Any]
-    shape: tuple[int, ...]  # of the logits, before their summed axes went last
+
+class Options(NamedTuple):
+    """What is static under jit."""
+
+    name: str  # of the logits
     axes: tuple[int, ...]
-    result_dtype: np.dtype
-
-    def in_place(self, gradient: Array) -> Array:
-        """The gradient with the summed axes where the logits have them."""
-        return _move(gradient, _last(self.axes, gradient.ndim), self.axes)
-
-    def elements(self, absent: float = 0) -> Elements:
-        """What enters a formula of `_reference.py`."""
-        logits, labels, _, smoothing, *more = self.operands
-        modifiers = dict(zip(self.params["modifiers"], more, strict=True))
-        return elements(logits, labels, smoothing, modifiers, absent)
-
-    def result(self, loss: Array) -> Array:
-        """The loss as the user gets it."""
-        return _check.loss(loss.astype(self.result_dtype))
-
-    def total(self, values: Array) -> Array:
-        """The result of a formula other than that of the primitive."""
-        shape, scale = self.operands[0].shape, self.operands[2]
-        modifiers = dict(zip(self.params["modifiers"], self.operands[4:], strict=True))
-        rank, count = self.params["reduced_rank"], self.params["count"]
-        total = sum_trailing(jnp.broadcast_to(values, shape), rank)
-        total = divide(total, scale, count, modifiers.get("divisor"), rank)
-        return self.result(total)
-
-    def of_class(self, name: str, value: ArrayLike) -> Array:
-        """A number, or one for each class, as an operand of the arithmetic's type."""
-        ranged(name, value)
-        array = _trailing(name, value, self.shape)
-        array = array.astype(self.operands[2].dtype)
-        return _move(array, self.axes, _last(self.axes, array.ndim))
+    reduction: Reduction
+    dtype: np.dtype | None
+    implementation: Implementation | None
 
 
-def _last(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return tuple(range(rank - len(axes), rank))
+class Arguments(NamedTuple):
+    """A call that was checked: its arrays by name, which may be traced, and the rest."""
 
-
-def _move(array: Array, source: tuple[int, ...], destination: tuple[int, ...]) -> Array:
-    return array if source == destination else jnp.moveaxis(array, source, destination)
+    arrays: dict[str, AnyArray]
+    options: Options
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -171,32 +143,33 @@ def _axes(axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int
     return tuple(axes)
 
 
-def _smoothing(value: ArrayLike, rank: int, wide: np.dtype) -> Array:
-    """The share s."""
-    array = operand("label_smoothing", ranged("label_smoothing", value))
+def _smoothing(value: ArrayLike) -> AnyArray | None:
+    """The share s, or None where it is known to be 0."""
+    array = ranged("label_smoothing", value)
     if array.ndim:
         raise ValueError(f"label_smoothing must be one number, got shape {array.shape}.")
-    return array.astype(wide).reshape((1,) * rank)
+    number = known(array)
+    return None if number is not None and number == 0 else operand("label_smoothing", array)
 
 
-def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """As NumPy broadcasts it to the logits' shape."""
+def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
+    """What NumPy broadcasts to the logits' shape."""
     array = operand(name, value)
     aligned = (1,) * (len(shape) - array.ndim) + array.shape
     if len(aligned) != len(shape) or not _broadcasts(aligned, shape):
         hint = fixes(spelled(name, value), array.shape, shape)
         raise ValueError(
             f"{name} of shape {array.shape} cannot be broadcast to logits of shape {shape}: "
-            f"{hint or _expected_trailing(name, value, array, shape)}."
+            f"{hint or _expected_trailing(name, value, array.shape, shape)}."
         )
-    return array.reshape(aligned)
+    return array
 
 
-def _expected_trailing(name: str, value: Any, array: Array, shape: tuple[int, ...]) -> str:
+def _expected_trailing(name: str, value: Any, own: tuple[int, ...], shape: tuple[int, ...]) -> str:
     """What would fit, where no axes of the logits do."""
     shapes = [f"shape {shape[-rank:]}" for rank in range(1, len(shape) + 1)]
     text = ", or ".join(["pass one number", *shapes])
-    if name == "weight" and array.shape == (2,):
+    if name == "weight" and own == (2,):
         text += f"; for one weight for each class of integer labels, {spelled(name, value)}[labels]"
     return text
 
@@ -205,9 +178,8 @@ def _broadcasts(own: Sequence[int], shape: Sequence[int]) -> bool:
     return all(size in (1, whole) for size, whole in zip(own, shape, strict=True))
 
 
-def _leading(name: str, array: Array, shape: tuple[int, ...], hint: str) -> Array:
+def _check_leading(name: str, own: tuple[int, ...], shape: tuple[int, ...], hint: str) -> None:
     """One for each index of the first axes, or, then with sizes of 1 behind them, of all."""
-    own = array.shape
     fits = len(own) <= len(shape)
     if fits:
         kept = next((d for d in range(len(own), 0, -1) if own[d - 1] != 1), 0)
@@ -215,7 +187,6 @@ def _leading(name: str, array: Array, shape: tuple[int, ...], hint: str) -> Arra
     if not fits:
         expected = _expected_leading(shape) + (hint and f"; {hint}")
         raise ValueError(f"{name} of shape {own} does not fit logits of shape {shape}: {expected}.")
-    return array.reshape(own + (1,) * (len(shape) - len(own)))
 
 
 def _expected_leading(shape: tuple[int, ...]) -> str:
@@ -225,18 +196,19 @@ def _expected_leading(shape: tuple[int, ...]) -> str:
     return "expected " + ", or ".join([f"{shape[:1]}, one per row", *more])
 
 
-def _sample_weight(value: ArrayLike, shape: tuple[int, ...]) -> Array:
+def _sample_weight(value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
     array = operand("sample_weight", value)
-    name = spelled("sample_weight", value)
-    return _leading("sample_weight", array, shape, fixes(name, array.shape, shape, fix="weight={}"))
+    hint = fixes(spelled("sample_weight", value), array.shape, shape, fix="weight={}")
+    _check_leading("sample_weight", array.shape, shape, hint)
+    return array
 
 
-def _where(value: ArrayLike, shape: tuple[int, ...]) -> Array:
+def _where(value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
     array = operand("where", value, ("bool",), "compare, where > 0, or use where.astype(bool)")
-    if array.ndim == len(shape) and _broadcasts(array.shape, shape):
-        return array
-    hint = fixes(spelled("where", value), array.shape, shape, full=True)
-    return _leading("where", array, shape, hint)
+    if array.ndim != len(shape) or not _broadcasts(array.shape, shape):
+        hint = fixes(spelled("where", value), array.shape, shape, full=True)
+        _check_leading("where", array.shape, shape, hint)
+    return array
 
 
 def _holds(dtype: np.dtype, number: float) -> bool:
@@ -246,8 +218,8 @@ def _holds(dtype: np.dtype, number: float) -> bool:
     return number.is_integer() and low <= number <= high
 
 
-def _ignored(value: ArrayLike, labels: Array) -> Array:
-    """The label to ignore, in the labels' dtype, which must hold it."""
+def _ignored(value: ArrayLike, labels: AnyArray) -> AnyArray:
+    """The label to ignore, which the labels' dtype must hold."""
     given = typed("ignore_label", value)
     if given.ndim:
         raise ValueError(f"ignore_label must be one number, got shape {given.shape}.")
@@ -262,7 +234,7 @@ def _ignored(value: ArrayLike, labels: Array) -> Array:
                 f"ignore_label={number[()]} cannot be among labels of dtype {labels.dtype.name}: "
                 f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else fix}."
             )
-    return stop_gradient(operand("ignore_label", given).astype(labels.dtype))
+    return operand("ignore_label", given)
 
 
 def _like_result(value: ArrayLike, own: tuple[int, ...], kept: tuple[int, ...]) -> str:
@@ -271,10 +243,8 @@ def _like_result(value: ArrayLike, own: tuple[int, ...], kept: tuple[int, ...]) 
     return hint and f": {hint}"
 
 
-def _divisor(
-    value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...], wide: np.dtype
-) -> tuple[Array, Array]:
-    """The normalizer, which is one number or one for each that the result has."""
+def _normalizer(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]) -> AnyArray:
+    """One number, or one for each that the result has."""
     array = operand("normalizer", value)
     kept = tuple(size for a, size in enumerate(shape) if a not in axes)
     if array.ndim and array.shape != kept:
@@ -282,57 +252,10 @@ def _divisor(
             f"normalizer of shape {array.shape} must be one number, or have the result's shape "
             f"{kept}{_like_result(value, array.shape, kept)}."
         )
-    own = tuple(1 if a in axes or not array.ndim else size for a, size in enumerate(shape))
-    return _parts(array.reshape(own), wide)
+    return array
 
 
-def _mean_weight(
-    labels: Array,
-    factors: dict[str, Array],
-    axes: tuple[int, ...],
-    shape: tuple[int, ...],
-    wide: np.dtype,
-    implementation: str | None,
-) -> tuple[Array, Array]:
-    """The mean over axes of the weight of each element, 0 of those that do not exist.
-
-    In symbolic sizes it is the sum. Nothing of the shape's size is formed unless a factor has it.
-    """
-    rank = len(shape)
-    symbolic = not all(isinstance(size, int) for size in shape)
-    zero = jnp.zeros((1,) * rank, wide)
-    labels = stop_gradient(labels) if "ignore_label" in factors else zero
-    logits = jnp.broadcast_to(zero, shape) if symbolic else zero
-    operands: tuple[Array, ...] = (logits, labels, jnp.ones_like(zero), zero, *factors.values())
-    own = jnp.broadcast_shapes(*(operand.shape for operand in operands))
-    if all(own[a] == 1 for a in axes) and not {"weight", "sample_weight"} <= factors.keys():
-        weights = elements(logits, labels, zero, factors).weight
-        assert weights is not None
-        return weights, jnp.zeros_like(weights)
-    operands = tuple(_move(operand, axes, _last(axes, rank)) for operand in operands)
-    if not axes:  # a kernel adds up at least one dimension
-        operands = tuple(operand[..., None] for operand in operands)
-    high, low = bce(
-        *vary_alike(*operands),
-        modifiers=tuple(factors),
-        kind="total",
-        reduced_rank=max(1, len(axes)),
-        count=1 if symbolic else max(1, math.prod(own[a] for a in axes)),
-        implementation=implementation,
-        loss_dtype=wide,
-    )
-    return jnp.expand_dims(high, axes), jnp.expand_dims(low, axes)
-
-
-def _parts(number: Array, wide: np.dtype) -> tuple[Array, Array]:
-    """A denominator in the arithmetic's type, and what its rounding lost."""
-    if number.dtype in (np.float64, np.int32, np.int64):
-        high, low = in_two_parts(number, wide)
-        return high, low
-    return number.astype(wide), jnp.zeros(number.shape, wide)
-
-
-def prepare(
+def checked(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
@@ -342,17 +265,21 @@ def prepare(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     ignore_label: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis: int | Sequence[int] | None = None,
     normalizer: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     name: str = "logits",
-) -> Call:
-    """Checks the arguments of `jax_bce.loss`, which documents them."""
+    numbers: Mapping[str, ArrayLike] = MappingProxyType({}),
+) -> Arguments:
+    """The arguments of `jax_bce.loss`, which documents them, and numbers of one of its relatives.
+
+    Each of those is one number, or one for each class, in the range that its name has.
+    """
     refuse_keras()
-    one_of("reduction", reduction, _REDUCTIONS)
-    one_of("implementation", implementation, IMPLEMENTATIONS)
+    one_of("reduction", reduction, get_args(Reduction))
+    one_of("implementation", implementation, (None, *get_args(Implementation)))
     if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
         raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
     x = operand(name, logits, FLOATS, _SCORES[name])
@@ -371,51 +298,24 @@ def prepare(
                     f"{option}={value} has no meaning with reduction='none': leave {option}=None."
                 )
     axes = () if reduction == "none" else _axes(axis, shape)
-    last = _last(axes, x.ndim)
-    wide = arithmetic_dtype(x.dtype)
-    smoothing = _smoothing(label_smoothing, x.ndim, wide)
-    y = y if y.ndim else y.reshape((1,) * x.ndim)
 
-    modifiers: dict[str, Array] = {}
+    arrays = {"logits": x, "labels": y}
+    smoothing = _smoothing(label_smoothing)
+    if smoothing is not None:
+        arrays["label_smoothing"] = smoothing
     for option, value in (("weight", weight), ("pos_weight", pos_weight)):
         if value is not None:
-            modifiers[option] = _trailing(option, value, shape)
+            arrays[option] = _trailing(option, value, shape)
     if sample_weight is not None:
-        modifiers["sample_weight"] = _sample_weight(sample_weight, shape)
+        arrays["sample_weight"] = _sample_weight(sample_weight, shape)
     if where is not None:
-        modifiers["where"] = _where(where, shape)
+        arrays["where"] = _where(where, shape)
     if ignore_label is not None:
-        modifiers["ignore_label"] = _ignored(ignore_label, y).reshape((1,) * x.ndim)
-    modifiers = {option: modifiers[option] for option in MODIFIERS if option in modifiers}
-
-    count: Any = 1
-    divisor = None
+        arrays["ignore_label"] = _ignored(ignore_label, y)
     if normalizer is not None:
-        divisor = _divisor(normalizer, shape, axes, wide)
-    elif reduction in ("mean", "weighted_mean"):
-        weights = ("weight", "sample_weight") if reduction == "weighted_mean" else ()
-        counted = {*weights, "where", "ignore_label"}
-        factors = {option: modifiers[option] for option in modifiers if option in counted}
-        count = math.prod(shape[a] for a in axes)
-        if factors:
-            divisor = _mean_weight(y, factors, axes, shape, wide, implementation)
-        elif not isinstance(count, int):  # of symbolic sizes, in jax.export
-            divisor = _parts(jnp.asarray(count).reshape((1,) * x.ndim), wide)
-        count = count if isinstance(count, int) else 1
-    if divisor is not None:
-        modifiers["divisor"], modifiers["divisor_low"] = divisor[0], stop_gradient(divisor[1])
-
-    result_dtype = _float_dtype(dtype) or (wide if reduction != "none" else x.dtype)
-    # The kernel rounds an element once to its result; a sum, and float64, it returns as they are.
-    direct = reduction == "none" and wide == np.float32 and result_dtype != np.float64
-    params = {
-        "modifiers": tuple(modifiers),
-        "reduced_rank": len(axes),
-        "count": max(1, count),
-        "implementation": implementation,
-        "loss_dtype": result_dtype if direct else wide,
-    }
-    operands = (x, y, jnp.ones((1,) * x.ndim, wide), smoothing, *modifiers.values())
-    operands = vary_alike(*(_move(operand, axes, last) for operand in operands))
-    _check.operands(name, operands, tuple(modifiers))
-    return Call(operands, params, shape, axes, result_dtype)
+        arrays["normalizer"] = _normalizer(normalizer, shape, axes)
+    options = Options(name, axes, reduction, _float_dtype(dtype), implementation)
+    for number, value in numbers.items():
+        ranged(number, value)
+        arrays[number] = _trailing(number, value, shape)
+    return Arguments(arrays, options)

@@ -1,13 +1,25 @@
 """The public functions: each one call of the primitive."""
 
+from __future__ import annotations  # help() shows names, not the Union behind them
+
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Unpack, get_args
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_bce._arguments import Keywords, one_of, only_known, prepare
+from jax_bce._arguments import (
+    Implementation,
+    Keywords,
+    Reduction,
+    Residuals,
+    checked,
+    one_of,
+    only_known,
+    shows_keywords,
+)
 from jax_bce._derivatives import recompute
+from jax_bce._evaluate import Call, evaluate
 from jax_bce._primitive import bce, spread_like
 
 
@@ -21,12 +33,12 @@ def loss(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     ignore_label: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis: int | Sequence[int] | None = None,
     normalizer: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
-    residuals: str = "gradient",
-    implementation: str | None = None,
+    residuals: Residuals = "gradient",
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""Binary cross-entropy between labels and the sigmoid of logits.
 
@@ -129,8 +141,8 @@ def loss(
       >>> print(jax_bce.loss(logits, labels, pos_weight=3, where=jnp.array([True, True, False])))
       1.0397208
     """
-    one_of("residuals", residuals, ("gradient", "recompute"))
-    call = prepare(
+    one_of("residuals", residuals, get_args(Residuals))
+    arguments = checked(
         logits,
         labels,
         weight=weight,
@@ -145,6 +157,10 @@ def loss(
         dtype=dtype,
         implementation=implementation,
     )
+    return evaluate(_loss, arguments, residuals)
+
+
+def _loss(call: Call, residuals: str) -> Array:
     if residuals == "recompute":
         result = recompute(call.operands, tuple(call.params.items()))
     else:
@@ -152,6 +168,7 @@ def loss(
     return call.result(result)
 
 
+@shows_keywords
 def loss_and_grad(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -187,7 +204,11 @@ def loss_and_grad(
       20.0 [2.0611537e-09 1.0000000e+00]
     """
     only_known("loss_and_grad", keywords)
-    call = prepare(logits, labels, pos_weight=pos_weight, **keywords)
+    arguments = checked(logits, labels, pos_weight=pos_weight, **keywords)
+    return evaluate(_loss_and_grad, arguments)
+
+
+def _loss_and_grad(call: Call) -> tuple[Array, Array]:
     value, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     gradient = call.in_place(spread_like(gradient, call.operands[0]))
     return call.result(value), gradient

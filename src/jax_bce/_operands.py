@@ -4,6 +4,7 @@ A value that is known stays a NumPy array until `operand`: under jit, jnp.asarra
 and its range could not be checked.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,18 +15,22 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+AnyArray = Array | np.ndarray
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 NUMBERS = (*FLOATS, "bool", "int8", "uint8", "int16", "int32", "int64")
-_PYTHON = (bool, int, float, complex, np.generic)
+_PLAIN = (bool, int, float, complex)
+_PYTHON = (*_PLAIN, np.generic)
 _SCORES = ("logits", "probs", "input", "inputs", "y_pred")  # what a model returns
 _LABELS = ("labels", "target", "targets", "y_true")
 _MISSING = ("NoneType", "NAType", "NaTType")
 
 
-def unwrapped(name: str, value: ArrayLike) -> Array | np.ndarray:
+def unwrapped(name: str, value: ArrayLike) -> AnyArray:
     """The array that a value is, wraps or holds: JAX's, traced or not, or NumPy's."""
     if isinstance(value, Array):
         return value
+    if isinstance(value, _PLAIN):
+        return np.asarray(value)
     if hasattr(value, "__jax_array__"):
         return unwrapped(name, value.__jax_array__())
     if isinstance(value, list | tuple | range):
@@ -45,7 +50,7 @@ def _no_numbers(name: str, what: str, problem: str) -> TypeError:
     return TypeError(f"{name} must be an array of numbers, got {what}: {problem}.")
 
 
-def _stacked(name: str, values: Sequence[Any]) -> Array | np.ndarray:
+def _stacked(name: str, values: Sequence[Any]) -> AnyArray:
     """A list of numbers, or of anything else that is let in."""
     if all(isinstance(value, _PYTHON) for value in values):
         return np.asarray(values)
@@ -109,7 +114,7 @@ def _fill(name: str) -> str:
     return f"some are missing, fill them or drop their rows{marked}"
 
 
-def known(array: Array | np.ndarray) -> np.ndarray | None:
+def known(array: AnyArray) -> np.ndarray | None:
     """The numbers, unless they are traced, or lie in part with other processes."""
     if isinstance(array, jax.core.Tracer):
         return None
@@ -118,14 +123,18 @@ def known(array: Array | np.ndarray) -> np.ndarray | None:
     return np.asarray(array)
 
 
+# NumPy spells the name at each call.
+_name_of = functools.cache(lambda dtype: dtype.name)
+
+
 def typed(
     name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
-) -> Array | np.ndarray:
+) -> AnyArray:
     """What `unwrapped` returns, of one of the dtypes; the fix is for other real numbers."""
     array = unwrapped(name, value)
     dtype = array.dtype
     native = getattr(dtype, "isnative", True)
-    if dtype.name in dtypes and native:
+    if native and _name_of(dtype) in dtypes:
         return array
     if dtype.name != "bool" and not jnp.issubdtype(dtype, jnp.number):
         of = "text" if getattr(dtype, "kind", None) in tuple("UST") else f"dtype {dtype.name}"
@@ -157,7 +166,7 @@ def _nearest(dtype: np.dtype) -> str:
     return "float64" if dtype.itemsize > 8 else "float32"
 
 
-def _fix_of_no_numbers(name: str, array: Array | np.ndarray, dtypes: Sequence[str]) -> str:
+def _fix_of_no_numbers(name: str, array: AnyArray, dtypes: Sequence[str]) -> str:
     """What to do about text, objects, dates, records and keys."""
     if isinstance(array, Array):
         return "pass numbers"
@@ -183,12 +192,11 @@ def _compare(name: str, array: str, text: str | bytes | None) -> str:
 
 def operand(
     name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
-) -> Array:
-    """What `typed` returns, as an array of JAX in the device's memory."""
+) -> AnyArray:
+    """What `typed` returns, of a dtype that JAX keeps, or in the device's memory."""
     array = typed(name, value, dtypes, fix)
     if not isinstance(array, Array):
-        _holds_in_jax(name, array)
-        array = jnp.asarray(array)
+        return _as_jax_keeps(name, array)
     space = getattr(jax.typeof(array), "memory_space", None)
     if space and space.name == "Host":
         raise ValueError(
@@ -198,17 +206,22 @@ def operand(
     return array
 
 
-def _holds_in_jax(name: str, array: np.ndarray) -> None:
-    """An error where JAX would keep no more than the last 32 bits of an integer."""
-    if array.dtype != np.int64 or jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        return
-    info = np.iinfo(np.int32)
-    for number in (array.min(initial=0), array.max(initial=0)):
-        if not info.min <= number <= info.max:
-            raise ValueError(
-                f"{name} holds {number}, and JAX keeps integers in 32 bits: use "
-                f"np.float32({name}), or jax.config.update('jax_enable_x64', True) at the start."
-            )
+def _as_jax_keeps(name: str, array: np.ndarray) -> np.ndarray:
+    """In 32 bits at most, unless JAX is told otherwise; an error where an integer has more."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype == array.dtype:
+        return array
+    if array.dtype == np.int64:
+        info = np.iinfo(np.int32)
+        for number in (array.min(initial=0), array.max(initial=0)):
+            if not info.min <= number <= info.max:
+                raise ValueError(
+                    f"{name} holds {number}, and JAX keeps integers in 32 bits: use "
+                    f"np.float32({name}), or jax.config.update('jax_enable_x64', True) at the "
+                    "start."
+                )
+    with np.errstate(over="ignore"):  # becomes infinite, as everywhere in JAX
+        return array.astype(dtype)
 
 
 class _Range(NamedTuple):
@@ -242,7 +255,7 @@ _RANGES = {
 }
 
 
-def ranged(name: str, value: ArrayLike) -> Array | np.ndarray:
+def ranged(name: str, value: ArrayLike) -> AnyArray:
     """A number, or several, in the range that its name has, which is checked where it is known."""
     text, holds, fix = _RANGES[name]
     if value is None:
@@ -251,10 +264,8 @@ def ranged(name: str, value: ArrayLike) -> Array | np.ndarray:
     if array.dtype == bool:
         raise TypeError(f"{name} must be a number, {text}, got bool: {fix}.")
     numbers = known(array)
-    if numbers is not None:
-        outside = np.argwhere(~holds(numbers.astype(np.float64)))
-        if len(outside):
-            at = tuple(map(int, outside[0]))
-            where = f" at {list(at)}" if at else ""
-            raise ValueError(f"{name} must be {text}, got {numbers[at]!s}{where}: {fix}.")
+    if numbers is not None and not (held := holds(numbers.astype(np.float64))).all():
+        at = tuple(map(int, np.argwhere(~held)[0]))
+        where = f" at {list(at)}" if at else ""
+        raise ValueError(f"{name} must be {text}, got {numbers[at]!s}{where}: {fix}.")
     return array

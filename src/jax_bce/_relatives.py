@@ -3,14 +3,24 @@
 Weights, masks, reductions, denominators and types are those of `loss`, by the same code.
 """
 
-from typing import Unpack
+from __future__ import annotations  # help() shows names, not the Union behind them
+
+from typing import Unpack, get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce import _reference
-from jax_bce._arguments import IMPLEMENTATIONS, Keywords, one_of, only_known, prepare
+from jax_bce._arguments import (
+    Implementation,
+    Keywords,
+    checked,
+    one_of,
+    only_known,
+    shows_keywords,
+)
+from jax_bce._evaluate import Call, evaluate
 from jax_bce._loss import loss
 from jax_bce._operands import known, ranged
 from jax_bce._primitive import bce
@@ -24,7 +34,7 @@ def _is_zero(name: str, value: ArrayLike) -> bool:
 
 def _only_xla(name: str, keywords: Keywords) -> None:
     implementation = keywords.get("implementation")
-    one_of("implementation", implementation, IMPLEMENTATIONS)
+    one_of("implementation", implementation, (None, *get_args(Implementation)))
     if implementation not in (None, "xla"):
         raise RuntimeError(
             f"implementation={implementation!r} is not available for {name}, which has no kernel "
@@ -32,6 +42,7 @@ def _only_xla(name: str, keywords: Keywords) -> None:
         )
 
 
+@shows_keywords
 def focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -82,13 +93,18 @@ def focal_loss(
     if alpha is None and _is_zero("gamma", gamma):
         return loss(logits, labels, **keywords)
     _only_xla("focal_loss", keywords)
-    call = prepare(logits, labels, **keywords)
+    numbers = {"gamma": gamma} if alpha is None else {"alpha": alpha, "gamma": gamma}
+    return evaluate(_focal_loss, checked(logits, labels, numbers=numbers, **keywords))
+
+
+def _focal_loss(call: Call) -> Array:
     element = call.elements()
-    balance = None if alpha is None else call.of_class("alpha", alpha)
-    values = _reference.focal_loss(element, balance, call.of_class("gamma", gamma))
+    alpha = call.number("alpha") if "alpha" in call.numbers else None
+    values = _reference.focal_loss(element, alpha, call.number("gamma"))
     return call.total(element.weighted(values))
 
 
+@shows_keywords
 def asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -150,18 +166,23 @@ def asymmetric_loss(
     if all(_is_zero(name, value) for name, value in numbers.items()):
         return loss(logits, labels, **keywords)
     _only_xla("asymmetric_loss", keywords)
-    call = prepare(logits, labels, **keywords)
+    arguments = checked(logits, labels, numbers=numbers, **keywords)
+    return evaluate(_asymmetric_loss, arguments, stop_gradient_weight)
+
+
+def _asymmetric_loss(call: Call, stop_gradient_weight: bool) -> Array:
     element = call.elements()
     values = _reference.asymmetric_loss(
         element,
-        call.of_class("gamma_neg", gamma_neg),
-        call.of_class("gamma_pos", gamma_pos),
-        call.of_class("clip", clip),
+        call.number("gamma_neg"),
+        call.number("gamma_pos"),
+        call.number("clip"),
         stop_gradient_weight,
     )
     return call.total(element.weighted(values))
 
 
+@shows_keywords
 def loss_from_probs(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -218,12 +239,19 @@ def loss_from_probs(
     """
     only_known("loss_from_probs", keywords)
     _only_xla("loss_from_probs", keywords)
-    call = prepare(probs, labels, pos_weight=pos_weight, name="probs", **keywords)
-    element = call.elements(absent=0.5)
-    bound = None if epsilon is None else call.of_class("epsilon", epsilon)
-    values = _reference.loss_of_probabilities(
-        element, bound, call.of_class("log_epsilon", log_epsilon)
+    numbers = {"log_epsilon": log_epsilon}
+    if epsilon is not None:
+        numbers = {"epsilon": epsilon, **numbers}
+    arguments = checked(
+        probs, labels, pos_weight=pos_weight, name="probs", numbers=numbers, **keywords
     )
+    return evaluate(_loss_from_probs, arguments)
+
+
+def _loss_from_probs(call: Call) -> Array:
+    element = call.elements(absent=0.5)
+    epsilon = call.number("epsilon") if "epsilon" in call.numbers else None
+    values = _reference.loss_of_probabilities(element, epsilon, call.number("log_epsilon"))
     return call.total(element.weighted(values))
 
 
@@ -251,8 +279,8 @@ def grad_and_hess(
 
     Returns:
       The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each of the
-      logits' shape and dtype. The Hessian falls with exp(-|x|), and is 0 beyond |x| = 87 (in
-      float32), where XLA flushes it.
+      logits' shape and dtype. The Hessian falls with ``exp(-|x|)``, and is 0 for ``|x|`` above
+      87 (in float32), where XLA flushes it.
 
     Derivatives:
       As those of `loss`.
@@ -269,17 +297,21 @@ def grad_and_hess(
       >>> print(gradient, hessian)
       [ 0.5        -0.26894143] [0.25       0.19661194]
     """
-    call = prepare(
+    arguments = checked(
         logits,
         labels,
         weight=weight,
         sample_weight=sample_weight,
         pos_weight=pos_weight,
         reduction="none",
+        numbers={"hess_floor": hess_floor},
     )
-    floor = call.of_class("hess_floor", hess_floor)
+    return evaluate(_grad_and_hess, arguments)
+
+
+def _grad_and_hess(call: Call) -> tuple[Array, Array]:
     _, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
     element = call.elements()
-    hessian = jnp.maximum(_reference.element_hessian(element), floor)
+    hessian = jnp.maximum(_reference.element_hessian(element), call.number("hess_floor"))
     hessian = jnp.broadcast_to(element.weighted(hessian), call.shape)
     return gradient, hessian.astype(gradient.dtype)

@@ -5,6 +5,8 @@ imported. Elements are the package's; weights, masks and reductions are written 
 multiplies by a mask, and what is NaN stays NaN.
 """
 
+from __future__ import annotations  # help() shows names, not the Union behind them
+
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial

@@ -3,12 +3,14 @@
 They broadcast where the package's own functions raise: that is what optax's callers rely on.
 """
 
+from __future__ import annotations  # help() shows names, not the Union behind them
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jax_bce._loss import loss
-from jax_bce._operands import operand
+from jax_bce._operands import AnyArray, operand
 from jax_bce._relatives import focal_loss
 
 
@@ -96,9 +98,9 @@ def sigmoid_focal_loss(
     return focal_loss(*operands, alpha=alpha, gamma=gamma, reduction="none")
 
 
-def _broadcast(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+def _broadcast(logits: ArrayLike, labels: ArrayLike) -> tuple[AnyArray, AnyArray]:
     """Of one shape, but for one label for all, which is read in place."""
     x, y = operand("logits", logits), operand("labels", labels)
-    if y.ndim:
+    if y.ndim and x.shape != y.shape:
         x, y = jnp.broadcast_arrays(x, y)
     return x, y

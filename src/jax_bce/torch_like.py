@@ -3,7 +3,10 @@
 They take JAX arrays, and import neither. A result has the input's dtype, reduced or not, as there.
 """
 
+from __future__ import annotations  # help() shows names, not the Union behind them
+
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +17,17 @@ from jax_bce._alignment import fixes_of_labels, spelled
 from jax_bce._arguments import one_of
 from jax_bce._callers import renamed
 from jax_bce._loss import loss
-from jax_bce._operands import known, operand, typed
+from jax_bce._operands import AnyArray, known, operand, typed
 from jax_bce._relatives import focal_loss, loss_from_probs
 
-_REDUCTIONS = ("none", "mean", "sum")
+Reduction = Literal["none", "mean", "sum"]
 
 
 def binary_cross_entropy_with_logits(
     input: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: ArrayLike | None = None,
 ) -> Array:
     r"""Binary cross-entropy, called as ``torch.nn.functional.binary_cross_entropy_with_logits``.
@@ -68,7 +71,7 @@ def binary_cross_entropy_with_logits(
       >>> print(binary_cross_entropy_with_logits(x, y, pos_weight=jnp.array([2.0, 1.0])))
       0.9687679
     """
-    one_of("reduction", reduction, _REDUCTIONS)
+    one_of("reduction", reduction, get_args(Reduction))
     x, y = _of_one_shape(input=input, target=target)
     with renamed(logits="input", labels="target"):
         return loss(x, y, weight=weight, pos_weight=pos_weight, reduction=reduction, dtype=x.dtype)
@@ -78,7 +81,7 @@ def binary_cross_entropy(
     input: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Array:
     r"""Binary cross-entropy of probabilities, called as ``torch.nn.functional``'s of this name.
 
@@ -118,7 +121,7 @@ def binary_cross_entropy(
       >>> print(binary_cross_entropy(p, y, reduction="none"))
       [  0.6931472    0.28768206   0.         100.        ]
     """
-    one_of("reduction", reduction, _REDUCTIONS)
+    one_of("reduction", reduction, get_args(Reduction))
     p, y = _of_one_shape(input=input, target=target)
     wide = jnp.promote_types(p.dtype, jnp.float32)
     with renamed(logits="input", probs="input", labels="target"):
@@ -164,7 +167,7 @@ class BCEWithLogitsLoss:
     """
 
     weight: ArrayLike | None = None
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     pos_weight: ArrayLike | None = None
 
     def __post_init__(self) -> None:
@@ -207,7 +210,7 @@ class BCELoss:
     """
 
     weight: ArrayLike | None = None
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         """Checks at once what PyTorch checks with the first batch."""
@@ -225,7 +228,7 @@ def _constructed(name: str, reduction: object) -> None:
             f"{name} is constructed first, and called with input and target then: "
             f"{name}()(input, target)."
         )
-    one_of("reduction", reduction, _REDUCTIONS)
+    one_of("reduction", reduction, get_args(Reduction))
 
 
 def sigmoid_focal_loss(
@@ -233,7 +236,7 @@ def sigmoid_focal_loss(
     targets: ArrayLike,
     alpha: ArrayLike | None = 0.25,
     gamma: ArrayLike = 2,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Array:
     r"""Focal loss, called as ``torchvision.ops.sigmoid_focal_loss``.
 
@@ -245,8 +248,8 @@ def sigmoid_focal_loss(
 
     Differs from torchvision on purpose: the tails are exact (at (-20, 0) the loss is 8.76e-27,
     torchvision's 0), infinite logits have their limits, the gradient for a gamma below 1 is finite
-    everywhere (torchvision's is NaN from |x| = 17 on), a mean of no elements is 0, and an unknown
-    reduction is an error.
+    everywhere (torchvision's is NaN from ``|x| = 17`` on), a mean of no elements is 0, and an
+    unknown reduction is an error.
 
     Args:
       inputs: as input of `binary_cross_entropy_with_logits`.
@@ -274,7 +277,7 @@ def sigmoid_focal_loss(
       >>> print(sigmoid_focal_loss(jnp.array([0.0, 2.0]), jnp.array([1, 0])).round(4))
       [0.0433 1.2376]
     """
-    one_of("reduction", reduction, _REDUCTIONS)
+    one_of("reduction", reduction, get_args(Reduction))
     x, y = _of_one_shape(inputs=inputs, targets=targets)
     weighted = alpha is not None and not _is_negative(alpha)
     with renamed(logits="inputs", labels="targets"):
@@ -289,7 +292,7 @@ def _is_negative(alpha: ArrayLike) -> bool:
     return number is not None and number.ndim == 0 and bool(number < 0)
 
 
-def _of_one_shape(**operands: ArrayLike) -> tuple[Array, Array]:
+def _of_one_shape(**operands: ArrayLike) -> tuple[AnyArray, AnyArray]:
     """Two arrays, or an error with the names that PyTorch gives them."""
     (one, x), (other, y) = ((name, operand(name, value)) for name, value in operands.items())
     if x.shape != y.shape:

@@ -1,0 +1,156 @@
+"""How fast: the newest record of `make bench`, as the README's chart and as tables.
+
+    python examples/speed.py                          # prints the tables and saves a chart
+    python examples/speed.py --pages README.md docs/benchmarks.md  # and replaces those of pages
+
+Nothing is measured here: `make bench` writes benchmarks/results/cpu-DATE.jsonl, one line for each
+function, size and peer, and this shows the medians.
+"""
+
+import argparse
+import json
+import re
+import textwrap
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from picture import WIDTH, Colors, add_options, plt, save
+
+ROOT = Path(__file__).parent.parent
+NAMES = {"jax_bce": "jax_bce", "optax": "optax", "jnp": "plain jnp", "torch": "PyTorch"}
+LINES = {
+    "jax_bce": {"marker": "o", "linewidth": 3},
+    "optax": {"marker": "s", "linestyle": (0, (4, 2))},
+    "plain jnp": {"marker": "^", "linestyle": (0, (1, 1))},
+    "PyTorch": {"marker": "D", "linestyle": (0, (5, 1, 1, 1))},
+}
+COPY = "copy of the same bytes"
+# Of a page, what stands between `<!-- speed.py: NAME -->` and `<!-- end -->`.
+MARKED = re.compile(r"(<!-- speed\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# By the number of elements and the name: nanoseconds an element.
+Times = dict[int, dict[str, float]]
+
+
+def newest_record() -> list[dict]:
+    """The lines of the file whose name has the latest date."""
+    path = max((ROOT / "benchmarks" / "results").glob("cpu-[0-9]*.jsonl"))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def times(record: list[dict], case: str, memory: str) -> Times:
+    found: Times = {}
+    for line in record:
+        if (line.get("case"), line.get("memory")) != (case, memory):
+            continue
+        row = found.setdefault(line["n"], {})
+        name, nanoseconds = line["contestant"], line["median_ns_per_element"]
+        if name in NAMES:
+            row[NAMES[name]] = nanoseconds
+        elif name.startswith("copy"):  # with as many threads as are best
+            row[COPY] = min(nanoseconds, row.get(COPY, nanoseconds))
+    return dict(sorted(found.items()))
+
+
+def where(record: list[dict]) -> str:
+    line = record[0]
+    versions = ", ".join(
+        f"{name} {line['versions'][package].partition('+')[0]}"
+        for package, name in (("jax", "jax"), ("optax", "optax"), ("torch", "PyTorch"))
+    )
+    kernel = line["kernel"].removeprefix("loaded, ")
+    machine = f"{line['cores']} cores of an {line['processor']} ({kernel})"
+    return f"Measured on {line['date'][:10]} on {machine}, with {versions}."
+
+
+def draw(record: list[dict], colors: Colors) -> Figure:
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.9))
+    rows = times(record, "value_and_grad, mean", "fresh")
+    for name, line in LINES.items():
+        points = {n: row[name] for n, row in rows.items() if name in row}
+        style = {"color": colors[name], "label": name, "markersize": 5, "linewidth": 1.8}
+        axis.plot(points.keys(), points.values(), **(style | line))
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="elements in the batch, float32", ylabel="nanoseconds an element")
+    ticks = [1, 3, 10, 30, 100, 300]
+    axis.set_yticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.set_title("Loss and gradient on a CPU: lower is better")
+    axis.legend(loc="upper right", ncols=2)
+    return figure
+
+
+def _power(n: int) -> str:
+    return "2" + str(n.bit_length() - 1).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def table(rows: Times, names: list[str], microseconds: bool = False) -> list[str]:
+    """Markdown: nanoseconds an element, or microseconds a call, and how many times as long."""
+    lines = [f"| n | {' | '.join(names)} |", "| ---: |" + " ---: |" * len(names)]
+    for n, row in rows.items():
+        cells = []
+        for name in names:
+            if name not in row:
+                cells.append("-")
+                continue
+            time = row[name] * (n / 1e3 if microseconds else 1)
+            shown = f"{time:.3g}" if time < 1000 else f"{time:,.0f}"
+            peer = name not in ("jax_bce", COPY)
+            cells.append(f"{shown} ({row[name] / row['jax_bce']:.1f}x)" if peer else shown)
+        lines.append(f"| {_power(n)} | {' | '.join(cells)} |")
+    return lines
+
+
+def ratios(rows: Times) -> str:
+    """In words, how many times as long as jax_bce each peer takes."""
+    found = []
+    for name in NAMES.values():
+        times = [row[name] / row["jax_bce"] for row in rows.values() if name in row]
+        if times and name != "jax_bce":
+            found.append(f"{name} {min(times):.1f} to {max(times):.1f} times")
+    sizes = f"From {_power(min(rows))} to {_power(max(rows))} elements"
+    return f"{sizes}, loss and gradient take, compared with jax_bce: {', '.join(found)} as long."
+
+
+def texts(record: list[dict]) -> dict[str, str]:
+    """What the pages show, by name."""
+    peers = list(NAMES.values())
+    both, value = "value_and_grad, mean", "value, mean"
+    fresh = times(record, both, "fresh")
+    small = {n: row for n, row in fresh.items() if n <= 2**16}
+    tables = {
+        "both": table(fresh, [*peers, COPY]),
+        "small": table(small, peers, microseconds=True),
+        "value": table(times(record, value, "fresh"), [*peers, COPY]),
+        "warm": table(times(record, both, "warm"), [*peers, COPY]),
+    }
+    words = {"where": textwrap.fill(where(record), 98), "ratios": textwrap.fill(ratios(fresh), 98)}
+    return words | {name: "\n".join(lines) for name, lines in tables.items()}
+
+
+def update(page: Path, found: dict[str, str]) -> None:
+    """Puts each text between the page's marks of its name."""
+    page.write_text(
+        MARKED.sub(lambda match: f"{match[1]}{found[match[2]]}\n{match[3]}", page.read_text())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The newest record of make bench.")
+    add_options(parser, "speed.png")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages to update")
+    options = parser.parse_args()
+
+    record = newest_record()
+    found = texts(record)
+    for name, text in found.items():
+        print(f"{name}:\n\n{text}\n")
+    for page in options.pages:
+        update(page, found)
+    save(partial(draw, record), options.plot, options.dark)
+    print(f"Plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
