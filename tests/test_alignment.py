@@ -51,11 +51,10 @@ def seen(function: str, shape: tuple, name: str, operand: np.ndarray) -> np.ndar
     """The operand of each element, as the package takes it."""
     zeros = np.zeros(shape, np.float32)
     common = name in ("weight", "sample_weight", "pos_weight", "where")
-    own = {name: operand} if common else {}
+    own = {name: operand} if common else {"numbers": {name: operand}}
     of = "probs" if function == "loss_from_probs" else "logits"
-    prepared = _arguments.prepare(zeros, zeros, reduction="none", name=of, **own)
-    aligned = prepared.operands[-1] if common else prepared.of_class(name, operand)
-    return np.broadcast_to(aligned, shape)
+    checked = _arguments.checked(zeros, zeros, reduction="none", name=of, **own)
+    return np.broadcast_to(checked.arrays[name], shape)
 
 
 def message_of(call: Callable) -> str | None:
