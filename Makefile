@@ -10,7 +10,7 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-.PHONY: demo pictures docs test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
 .SECONDARY:
 .SECONDEXPANSION:
 
@@ -29,12 +29,20 @@ pictures: $(VENV)/.torch
 docs: $(VENV)/.docs
 	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env docs build/docs
 
-test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
+# pytest on all cores: a process that has nothing left takes over what others have.
+pytest = JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(1)/bin/pytest -n auto --dist worksteal
+
+# Every test, but a sample of the cases of each.
+test: $(VENV)/.test
+	$(call pytest,$(VENV))
+
+# Every case, also against PyTorch, and with XLA's compiler for GPUs.
+test-all: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
+	$(call pytest,$(VENV)) --all
 
 # Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
 test-floor test-between test-newest: test-%: .venv-%/.versions
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) .venv-$*/bin/pytest -n auto -m "not any_jax"
+	$(call pytest,.venv-$*) -m "not any_jax"
 
 # For each Python that is here, a wheel for other machines, in dist/. Its manylinux tag says which.
 # Each is tried on the oldest and the newest JAX.

@@ -1,5 +1,6 @@
-# The CUDA kernel. JAX_BCE_CUDA: AUTO builds it for the GPUs that are present, or those of CUDAARCHS, if
-# there is an nvcc. ON builds it for every GPU without CUDAARCHS, OFF leaves it out, and PYPI takes the compiler from the packages that pyproject.toml then adds to the build's requirements.
+# The CUDA kernel. JAX_BCE_CUDA=AUTO builds it if nvcc is installed, for the GPUs that are present. ON
+# builds it for every GPU; PYPI does the same with the compiler from the packages that pyproject.toml
+# then adds to the build's requirements; OFF leaves it out. CUDAARCHS names other GPUs to build it for.
 set(JAX_BCE_CUDA AUTO CACHE STRING "AUTO, ON, OFF or PYPI")
 if(NOT JAX_BCE_CUDA MATCHES "^(AUTO|ON|OFF|PYPI)$")
   message(FATAL_ERROR "JAX_BCE_CUDA is AUTO, ON, OFF or PYPI, not '${JAX_BCE_CUDA}'")
@@ -16,11 +17,11 @@ if(JAX_BCE_CUDA STREQUAL "AUTO" AND NOT ARCHITECTURES)
   string(REGEX MATCHALL "[0-9]+\\.[0-9]" ARCHITECTURES "${PRESENT}")
   list(TRANSFORM ARCHITECTURES REPLACE "\\." "")
   if(FAILED OR NOT ARCHITECTURES)
-    message(STATUS "jax_bce: no CUDA kernel, as there is no NVIDIA GPU. JAX_BCE_CUDA=ON builds one for \
-every GPU, CUDAARCHS=90 for those of one compute capability")
+    message(STATUS "jax_bce: no CUDA kernel, as this machine has no NVIDIA GPU. For other machines, \
+JAX_BCE_CUDA=ON builds one for every GPU, and CUDAARCHS=90 one for compute capability 9.0")
     return()
   endif()
-  message(STATUS "jax_bce: CUDA kernel for the GPUs that are present only. JAX_BCE_CUDA=ON builds it \
+  message(STATUS "jax_bce: the CUDA kernel is for the GPUs of this machine. JAX_BCE_CUDA=ON builds it \
 for every GPU")
 endif()
 
@@ -45,9 +46,8 @@ let pip fetch the compiler: JAX_BCE_CUDA=PYPI pip install .")
   message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
 endif()
 
-# Machine code for the GPUs found, those that CUDAARCHS names ("80;90"), or every generation that this
-# compiler knows.
-# PTX of the oldest, for what lies between them; and of the newest, for what is to come.
+# Machine code for those GPUs, or for every generation that this compiler knows. PTX for the oldest, for
+# GPUs between the generations, and for the newest, for GPUs to come.
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
 if(NOT ARCHITECTURES)
   foreach(architecture 75 80 86 89 90 100 120)
