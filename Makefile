@@ -10,7 +10,7 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-.PHONY: demo pictures docs test test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
 .SECONDARY:
 .SECONDEXPANSION:
 
@@ -29,12 +29,26 @@ pictures: $(VENV)/.torch
 docs: $(VENV)/.docs
 	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --fresh-env docs build/docs
 
-test: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(VENV)/bin/pytest -n auto
+# pytest on all cores: a process that has nothing left takes over what others have.
+pytest = JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(1)/bin/pytest -n auto --dist worksteal
+
+# Every test, but a sample of the cases of each.
+test: $(VENV)/.test
+	$(call pytest,$(VENV))
+
+# Every case, also against PyTorch, and with XLA's compiler for GPUs.
+test-all: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
+	$(call pytest,$(VENV)) --all
 
 # Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
 test-floor test-between test-newest: test-%: .venv-%/.versions
-	JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) .venv-$*/bin/pytest -n auto -m "not any_jax"
+	$(call pytest,.venv-$*) -m "not any_jax"
+
+# For each Python that is here, a wheel for other machines, in dist/. Its manylinux tag says which.
+# Each is tried on the oldest and the newest JAX.
+.PHONY: wheels
+wheels: $$(foreach version,3.11 3.12 3.13 3.14 3.15,$$(if $$(call find,$$(version)),dist/.tried-$$(version)))
+	ls -sh dist/*.whl
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
@@ -42,6 +56,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_program.py
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/out_of_memory/*)
+	$(VENV)/bin/actionlint .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # Every float32 logit and every 16-bit one: about three minutes on two cores.
 exhaustive: $(VENV)/.test
@@ -50,6 +68,7 @@ exhaustive: $(VENV)/.test
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
 bench: $(VENV)/.torch
 	$(RUN) benchmarks/bench.py $(BENCH)
+	$(RUN) benchmarks/calls.py
 
 # On a machine with an NVIDIA GPU, with the packages of $(PYTHON) and no network: builds, runs every
 # test, the exhaustive run and the benchmark, and leaves a record in benchmarks/results/.
@@ -66,9 +85,34 @@ find = $(shell for python in $(PYTHON) python$(1) "$$(pyenv root)"/versions/$(1)
 	$(foreach version,$(or $(firstword $($*)),$*),$(or $(call find,$(version)),$(error \
 	  There is no Python $(version), neither on the PATH nor among pyenv's)) -m venv .venv-$*)
 
-build/wheel-%/.built: .venv-%/bin/python $(SOURCES)
+# A wheel serves until the sources change, or JAX_BCE_CUDA or CUDAARCHS ask for another.
+ASKED := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS)
+ifneq ($(JAX_BCE_CUDA)$(CUDAARCHS),)
+$(shell mkdir -p build; echo '$(ASKED)' | cmp -s - build/.asked || echo '$(ASKED)' >build/.asked)
+endif
+
+build/wheel-%/.built: .venv-%/bin/python $(SOURCES) $(wildcard build/.asked)
 	rm -rf $(@D)
 	$< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	touch $@
+
+dist/.repaired-%: $(VENV)/.wheels build/wheel-%/.built
+	mkdir -p dist
+	rm -f dist/*-cp$(subst .,,$*)-*.whl
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist build/wheel-$*/*.whl
+	$(VENV)/bin/auditwheel show dist/*-cp$(subst .,,$*)-*.whl
+	$(RUN) -m zipfile --list dist/*-cp$(subst .,,$*)-*.whl
+	touch $@
+
+# Python 3.15 came after the oldest JAX of the others.
+floor-3.15 := 3.15 jax==0.11.1 jaxlib==0.11.1
+dist/.tried-%: dist/.repaired-% tests/smoke.py
+	for jax in "$(wordlist 2,3,$(or $(floor-$*),$(floor)))" "$(wordlist 2,3,$(newest))"; do \
+	  rm -rf build/try-$* && $(call find,$*) -m venv build/try-$* && \
+	  build/try-$*/bin/python -m pip install --quiet --disable-pip-version-check $$jax dist/*-cp$(subst .,,$*)-*.whl && \
+	  build/try-$*/bin/python -W error -P tests/smoke.py || exit; \
+	done
+	rm -rf build/try-$*
 	touch $@
 
 # The wheel that the last prerequisite tells of. pip leaves an older one of the same version in place.
@@ -81,6 +125,7 @@ $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := test
 $(VENV)/.lint: EXTRAS := test,lint
 $(VENV)/.docs: EXTRAS := docs
+$(VENV)/.wheels: EXTRAS := wheels
 $(VENV)/.%: $(VENV)/bin/python build/wheel-$(VERSION)/.built
 	$(install)
 	touch $@
@@ -106,4 +151,4 @@ $(VENV)/.torch: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf build .venv-*
+	rm -rf build dist .venv-*

@@ -1,5 +1,6 @@
-# The CUDA kernel. JAX_BCE_CUDA: AUTO builds it if there is an nvcc, ON insists, OFF leaves it out, and
-# PYPI takes the compiler from the packages that pyproject.toml then adds to the build's requirements.
+# The CUDA kernel. JAX_BCE_CUDA=AUTO builds it if nvcc is installed, for the GPUs that are present. ON
+# builds it for every GPU; PYPI does the same with the compiler from the packages that pyproject.toml
+# then adds to the build's requirements; OFF leaves it out. CUDAARCHS names other GPUs to build it for.
 set(JAX_BCE_CUDA AUTO CACHE STRING "AUTO, ON, OFF or PYPI")
 if(NOT JAX_BCE_CUDA MATCHES "^(AUTO|ON|OFF|PYPI)$")
   message(FATAL_ERROR "JAX_BCE_CUDA is AUTO, ON, OFF or PYPI, not '${JAX_BCE_CUDA}'")
@@ -7,6 +8,21 @@ endif()
 if(JAX_BCE_CUDA STREQUAL "OFF")
   message(STATUS "jax_bce: no CUDA kernel, as JAX_BCE_CUDA=OFF asks")
   return()
+endif()
+
+set(ARCHITECTURES $ENV{CUDAARCHS})
+if(JAX_BCE_CUDA STREQUAL "AUTO" AND NOT ARCHITECTURES)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE PRESENT ERROR_QUIET RESULT_VARIABLE FAILED)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" ARCHITECTURES "${PRESENT}")
+  list(TRANSFORM ARCHITECTURES REPLACE "\\." "")
+  if(FAILED OR NOT ARCHITECTURES)
+    message(STATUS "jax_bce: no CUDA kernel, as this machine has no NVIDIA GPU. For other machines, \
+JAX_BCE_CUDA=ON builds one for every GPU, and CUDAARCHS=90 one for compute capability 9.0")
+    return()
+  endif()
+  message(STATUS "jax_bce: the CUDA kernel is for the GPUs of this machine. JAX_BCE_CUDA=ON builds it \
+for every GPU")
 endif()
 
 # A build folder that is used again must not remember another mode's compiler.
@@ -30,10 +46,9 @@ let pip fetch the compiler: JAX_BCE_CUDA=PYPI pip install .")
   message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
 endif()
 
-# Machine code for every generation that this compiler knows, or those that CUDAARCHS names ("80;90").
-# PTX of the oldest, for what lies between them; and of the newest, for what is to come.
+# Machine code for those GPUs, or for every generation that this compiler knows. PTX for the oldest, for
+# GPUs between the generations, and for the newest, for GPUs to come.
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
-set(ARCHITECTURES $ENV{CUDAARCHS})
 if(NOT ARCHITECTURES)
   foreach(architecture 75 80 86 89 90 100 120)
     if(KNOWN MATCHES "compute_${architecture}\n")
@@ -45,8 +60,8 @@ list(SORT ARCHITECTURES COMPARE NATURAL)
 list(REMOVE_DUPLICATES ARCHITECTURES)
 foreach(architecture IN LISTS ARCHITECTURES)
   if(NOT KNOWN MATCHES "compute_${architecture}\n")
-    message(FATAL_ERROR "CUDAARCHS=$ENV{CUDAARCHS}, but ${NVCC} does not know ${architecture}: name \
-some that `nvcc --list-gpu-arch` lists, as in CUDAARCHS='80;90', or unset it for all")
+    message(FATAL_ERROR "${NVCC} does not know compute capability ${architecture}: with CUDAARCHS, name \
+some that `nvcc --list-gpu-arch` lists, as in CUDAARCHS='80;90'")
   endif()
   list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
 endforeach()
@@ -79,11 +94,12 @@ add_custom_command(
   OUTPUT ${OBJECT}
   DEPENDS ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
           ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
-  COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0 -Werror all-warnings -Xptxas -v ${CODE}
+  COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
+          $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
           -ccbin ${CMAKE_CXX_COMPILER}
           -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
           -c ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu -o ${OBJECT}
-  VERBATIM)
+  VERBATIM COMMAND_EXPAND_LISTS)
 pybind11_add_module(_cuda csrc/ffi_cuda.cc ${OBJECT})
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})
 target_compile_definitions(

@@ -1,16 +1,16 @@
-"""Speed against everything a user would call instead, in one run: `make bench`.
+"""Compares the speed of jax_bce with what a user would call instead: `make bench`.
 
     python benchmarks/bench.py --sizes 10 18 25 --seconds 3
 
-Every round takes one sample of every contestant, in a rotating order, so that what else happens on
-the machine hits all of them alike; reported are medians. A sample is a loop of calls after one that
-is not timed: its operands are where a loop that calls it again and again has them.
+Each round takes one sample of every implementation, in a rotating order, so that other load on the
+machine affects all of them alike. Medians are reported. A sample is a timed loop of calls, preceded
+by one call that is not timed, so that the caches are in the same state as in the loop.
 
-`memory` says where the results go: "fresh" is what a program gets by default, where the C library
-maps every block above 32 MiB anew and each first touch of a page is a fault; "warm" is a process
+`memory` says where the results go. "fresh" is the default: the C library maps every block above
+32 MiB again for each call, and the first access to each page is a page fault. "warm" is a process
 that keeps its memory (MALLOC_MMAP_MAX_=0).
 
-A line of the output is a full record: see `records`. A GPU is measured by gpu.py.
+Each line of the output is a complete record: see `records`. For GPUs, see gpu.py.
 """
 
 import argparse
@@ -33,15 +33,15 @@ WARM_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def measure(mode: str, n: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one number a round."""
-    from peers import contestants
+    """Seconds per call of each implementation, one number per round."""
+    from peers import implementations
 
-    found = contestants(mode, n)
+    found = implementations(mode, n)
     calls = {}
-    for name, contestant in found.items():
-        contestant(), contestant()
+    for name, implementation in found.items():
+        implementation(), implementation()
         start = time.perf_counter()
-        contestant()
+        implementation()
         calls[name] = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in found}
     names = list(found)
@@ -82,11 +82,11 @@ def records_of(mode: str, n: int, memory: str, seconds: float) -> Iterator[Recor
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="jax_bce against its peers on this CPU")
+    parser = argparse.ArgumentParser(description="compare jax_bce with its peers on this CPU")
     parser.add_argument("--sizes", type=int, nargs="+", default=range(10, 26), help="powers of 2")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case and size")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in a process of its own
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # run one case, in its own process
     return parser.parse_args()
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     output = options.output or RESULTS / f"cpu-{datetime.date.today().isoformat()}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Where results are small, the C library reuses their memory anyway.
+    # The C library reuses the memory of small results anyway.
     cases = [(mode, "fresh", power) for mode in MODES for power in options.sizes]
     cases += [("value_and_grad", "warm", power) for power in options.sizes if power >= 22]
     command = [sys.executable, __file__, "--seconds", str(options.seconds)]
@@ -122,8 +122,8 @@ def main() -> None:
         chosen = (f"{mode}, mean", memory)
         rows = [result for result in results if (result["case"], result["memory"]) == chosen]
         console.print(table_of(f"{mode}(mean), float32, {memory} memory", rows))
-    if all(result["contestant"] != "torch" for result in results):
-        console.print("PyTorch is not installed, so it is left out.")
+    if all(result["implementation"] != "torch" for result in results):
+        console.print("PyTorch is not installed and is left out.")
     console.print(f"records: {output}")
 
 

@@ -1,11 +1,11 @@
-"""What a call costs beside the elements: eager, jitted, compiled for the first time, imported.
+"""Measures the overhead of a call: eager, jitted, compile time and import time.
 
     python benchmarks/calls.py --n 128 --seconds 2
 
-Microseconds a call of few float32 logits, the mean, and beside each what a user of optax would call
-for it. Every round takes one sample of every call, in a rotating order; reported are medians.
-`compile` is tracing and compiling `value_and_grad` with empty caches; `import`, what that takes in a
-new process that has imported jax.
+Reports microseconds per call on a few float32 logits, next to what a user of optax would call for
+the same result. Each round takes one sample of every call, in a rotating order; medians are
+reported. `compile` is the time to trace and compile `value_and_grad` with empty caches. `import` is
+the time to import the package in a new process that has already imported jax.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from rich.table import Table
 import jax_bce
 
 Function = Callable[..., object]
-COMPILATIONS = 5
 IMPORT = (
     "import jax, time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 )
@@ -43,7 +42,7 @@ def optax_mean(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def optax_weighted(logits, labels, *, weight, where):
-    """What a user of optax writes."""
+    """What an optax user writes."""
     losses = weight * optax_losses(logits, labels)
     return jnp.where(where, losses, 0).sum() / where.sum()
 
@@ -55,7 +54,7 @@ def optax_focal(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def functions(n: int) -> dict[str, tuple[Function, Function]]:
-    """Ours, and optax's for the same, or else its mean loss."""
+    """Each jax_bce function with its optax equivalent, or with optax's mean loss if it has none."""
     random = np.random.default_rng(n)
     options = {
         "weight": jnp.asarray(random.random(n), jnp.float32),
@@ -80,7 +79,7 @@ def functions(n: int) -> dict[str, tuple[Function, Function]]:
 
 
 def seconds_of(calls: dict[str, Function], seconds: float) -> dict[str, float]:
-    """The median of each."""
+    """The median seconds per call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     number, names = {}, list(calls)
     for name, call in calls.items():
@@ -99,9 +98,9 @@ def seconds_of(calls: dict[str, Function], seconds: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def seconds_to_compile(function: Function, *operands: jax.Array) -> float:
+def seconds_to_compile(function: Function, repeats: int, *operands: jax.Array) -> float:
     times = []
-    for _ in range(COMPILATIONS):
+    for _ in range(repeats):
         jax.clear_caches()
         start = time.perf_counter()
         jax.jit(jax.value_and_grad(function)).lower(*operands).compile()
@@ -109,13 +108,13 @@ def seconds_to_compile(function: Function, *operands: jax.Array) -> float:
     return statistics.median(times)
 
 
-def seconds_to_import(module: str) -> float:
+def seconds_to_import(module: str, repeats: int) -> float:
     command = [sys.executable, "-c", IMPORT.format(module)]
-    runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(COMPILATIONS))
+    runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(repeats))
     return statistics.median(float(run.stdout) for run in runs)
 
 
-def measure(n: int, seconds: float) -> list[Record]:
+def measure(n: int, seconds: float, repeats: int) -> list[Record]:
     random = np.random.default_rng(n)
     logits = jnp.asarray(3 * random.standard_normal(n), jnp.float32)
     labels = jnp.asarray(random.integers(0, 2, n), jnp.float32)
@@ -127,8 +126,10 @@ def measure(n: int, seconds: float) -> list[Record]:
             calls[name, "jitted", who] = partial(jax.jit(function), logits, labels)
     found = seconds_of(calls, seconds * len(pairs))
     for who, function in (("jax_bce", jax_bce.loss), ("optax", optax_mean)):
-        found["value_and_grad(loss)", "compile", who] = seconds_to_compile(function, logits, labels)
-        found["import", "import", who] = seconds_to_import(who)
+        found["value_and_grad(loss)", "compile", who] = seconds_to_compile(
+            function, repeats, logits, labels
+        )
+        found["import", "import", who] = seconds_to_import(who, repeats)
     common = {
         "date": now(),
         "processor": _processor(),
@@ -154,13 +155,14 @@ def table_of(results: list[Record]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what a call of jax_bce costs on this CPU")
+    parser = argparse.ArgumentParser(description="the overhead of a jax_bce call on this CPU")
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each function")
+    parser.add_argument("--repeats", type=int, default=5, help="number of compilations and imports")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
     options = parser.parse_args()
     output = options.output or RESULTS / f"cpu-calls-{datetime.date.today().isoformat()}.jsonl"
-    results = measure(options.n, options.seconds)
+    results = measure(options.n, options.seconds, options.repeats)
     output.write_text("".join(json.dumps(record) + "\n" for record in results))
     console = Console(width=110)
     console.print(table_of(results))

@@ -1,26 +1,26 @@
-"""Speed on an NVIDIA GPU against everything a user would call instead.
+"""Compares the speed of jax_bce on an NVIDIA GPU with what a user would call instead.
 
     python benchmarks/gpu.py --output h200.jsonl --budget 500
     python benchmarks/gpu.py --only 'mean, float32' --sizes 26 28
     python benchmarks/gpu.py --profile
 
-Measured is the device, not Python's dispatch. A program holds K calls of a contestant and is one
-CUDA graph. A sample first starts the gate, a kernel of some two milliseconds; behind it the host
-enqueues replays of the program while the device is busy, and the time that the gate takes alone is
-subtracted. Each record says K, whether the program became a graph, what the host needs to start a
-replay, a call, and whether all of it was hidden behind the gate. At the smallest sizes, what a
-graph needs to launch a kernel is most of the time.
+The benchmark measures device time, not Python's dispatch. A program is one CUDA graph of K calls of
+an implementation. A sample first starts the gate, a kernel that takes about two milliseconds. While
+the gate keeps the device busy, the host enqueues replays of the program. The time of the gate alone
+is subtracted. Each record states K, whether the program became a graph, the host's time per call to
+start a replay, and whether all of that time was hidden behind the gate. At the smallest sizes, most
+of the time is what a graph needs to launch a kernel.
 
-The K calls have operands and results of their own, 512 MiB together, so that the L2 cache holds
-nothing that a call needs; K is at most 64, so below some 2^18 elements the cache holds all, and
-bandwidth does not matter. Every round takes a sample of every contestant, in a rotating order;
-reported are medians.
+Each of the K calls has its own operands and results, 512 MiB in total, so that the L2 cache holds
+nothing that a call needs. K is at most 64: below about 2^18 elements the cache holds everything,
+and bandwidth does not matter. Each round takes one sample of every implementation, in a rotating
+order; medians are reported.
 
-JAX and PyTorch measure in processes of their own, a case after the other: a crash costs its case.
-The cases come in the order of their importance until `--budget` is spent; records are written at
-once, and a further run with the same `--output` goes on where the last one ended. `--profile`
-counts with Nsight Compute the bytes that each contestant moves. Without a GPU, `--dry-run` runs
-everything but the graphs on a CPU.
+JAX and PyTorch run in separate processes, one case at a time, so that a crash loses only one case.
+The most important cases come first, until `--budget` is spent. Records are written immediately, and
+another run with the same `--output` continues where the last one ended. `--profile` counts the
+bytes that each implementation moves, with Nsight Compute. Without a GPU, `--dry-run` runs
+everything except the graphs on a CPU.
 """
 
 import argparse
@@ -59,17 +59,17 @@ OTHERS = (
 )
 TARGETS = {"float32, float32 labels": 0.9, "bfloat16, uint8 labels": 0.8}
 SAMPLE_SECONDS = 0.01
-CASE_SECONDS = 120  # no case needs as long; one that does hangs
-CHOICE = "implementation='xla' / the kernel: below 1, implementation=None is to be XLA"
-PROFILED_POWER = 28  # what stays in the L2 cache, and is not counted, is little of it
+CASE_SECONDS = 120  # a case that takes longer hangs
+CHOICE = "time of implementation='xla' / time of the kernel: below 1, XLA should be the default"
+PROFILED_POWER = 28  # so large that the share that stays in the L2 cache, uncounted, is small
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 PROFILED = ("jax_bce", "jax_bce, xla", "optax", "jnp", "torch", "torch.compile")
 
-Found = dict[str, Record]  # what a family says of each contestant
+Found = dict[str, Record]  # a family's results, by implementation
 
 
 def cases(powers: Iterable[int]) -> Iterator[Case]:
-    """The most important first: the modes of training, the sizes of the promise."""
+    """The most important first: the modes used in training, and the sizes with a target."""
     groups = [(MAIN, ("value_and_grad", "value"), "mean")]
     groups += [(MAIN, ("value_and_grad", "value"), reduction) for reduction in ("none", "rows")]
     groups += [(MAIN, ("value_and_grad",), "weighted")]
@@ -81,7 +81,7 @@ def cases(powers: Iterable[int]) -> Iterator[Case]:
 
 
 def _sample(gate: Program, program: Program | None, replays: int) -> tuple[float, float]:
-    """Seconds until all is done, and those that the host needed to enqueue the replays."""
+    """Seconds until all work is done, and seconds the host needed to enqueue the replays."""
     start = time.perf_counter()
     gate.enqueue()
     opened = time.perf_counter()
@@ -93,8 +93,8 @@ def _sample(gate: Program, program: Program | None, replays: int) -> tuple[float
 
 
 def _replays(gate: Program, program: Program) -> int:
-    """As many as the host can enqueue while the gate is shut, or less where they take long."""
-    for _ in range(3):  # XLA makes the graph in one of the first
+    """As many as the host can enqueue while the gate runs, or fewer if they take long."""
+    for _ in range(3):  # XLA makes the graph in one of the first calls
         program.enqueue()
     program.wait()
     shut = min(_sample(gate, None, 0)[0] for _ in range(3))
@@ -104,7 +104,7 @@ def _replays(gate: Program, program: Program) -> int:
 
 
 def measure(programs: dict[str, Program], gate: Program, calls: int, seconds: float) -> Found:
-    """For each contestant its seconds a call, one number a round, and how they were taken."""
+    """The seconds per call of each implementation, one number per round, and how it was timed."""
     found: Found = {}
     for name, program in programs.items():
         try:
@@ -136,7 +136,7 @@ def _text(error: BaseException) -> str:
 
 
 def serve(family: str, seconds: float, connection: Connection) -> None:
-    """A family's process: answers with its facts, then with the measurements of each case."""
+    """Runs a family's process: sends its facts, then the measurements of each case."""
     module = importlib.import_module(f"gpu_{family}")
     connection.send(module.facts())
     gate = module.gate()
@@ -152,13 +152,13 @@ def serve(family: str, seconds: float, connection: Connection) -> None:
             found = measure(programs, gate, case.calls, seconds) | failed
         except Exception as error:
             found = {family: {"error": _text(error)}}
-        programs = build = None  # their buffers go before the next case
+        programs = build = None  # frees their buffers before the next case
         gc.collect()
         connection.send(found)
 
 
 class Worker:
-    """The process of a family, started anew after it died or hung."""
+    """The process of a family, started again if it dies or hangs."""
 
     def __init__(self, family: str, seconds: float) -> None:
         self.family, self.seconds = family, seconds
@@ -180,7 +180,7 @@ class Worker:
             self.connection.send(case)
             found = self._answer()
             if found and all("error" in one for one in found.values()):
-                self.stop()  # CUDA fails for good after some errors
+                self.stop()  # after some errors, every CUDA call fails
             return found
         except (EOFError, OSError) as error:
             self.stop()
@@ -209,17 +209,17 @@ def records_of(case: Case, facts: Record, found: Found) -> Iterator[Record]:
     }
     times = {name: one["seconds"] for name, one in found.items() if "error" not in one}
     for record in records(common, times, case.bytes_moved):
-        one = found[str(record["contestant"])]
+        one = found[str(record["implementation"])]
         yield record | {
             "median_ns_per_call": record["median_ns_per_element"] * case.n,
             "dispatch_ns_per_call": one["dispatch"] * 1e9,
             "dispatch_is_hidden": one["hidden"],
             "timing": f"{one['replays']} replays behind a busy kernel, of "
-            + ("one CUDA graph" if one["graph"] else "a program that is no CUDA graph"),
+            + ("one CUDA graph" if one["graph"] else "a program (no CUDA graph)"),
         }
     for name, one in found.items():
         if "error" in one:
-            yield common | {"contestant": name, "error": one["error"]}
+            yield common | {"implementation": name, "error": one["error"]}
 
 
 def _driver() -> str:
@@ -231,10 +231,10 @@ def _driver() -> str:
 
 
 def choices(results: list[Record], peers: tuple[str, ...], title: str) -> Table:
-    """The time of the fastest of the peers as a multiple of the kernel's; below 1, it is faster."""
+    """The time of the fastest peer divided by the kernel's; below 1, the peer is faster."""
     ratios: dict[tuple[str, str], dict[int, float]] = {}
     for result in results:
-        if str(result["contestant"]).startswith(peers) and result.get("times_jax_bce"):
+        if str(result["implementation"]).startswith(peers) and result.get("times_jax_bce"):
             row = ratios.setdefault((result["case"], result["dtype"]), {})
             row[result["n"]] = min(row.get(result["n"], float("inf")), result["times_jax_bce"])
     sizes = sorted({n for row in ratios.values() for n in row})
@@ -250,24 +250,28 @@ def choices(results: list[Record], peers: tuple[str, ...], title: str) -> Table:
 
 
 def summary(results: list[Record]) -> Iterator[Table | str]:
-    """What was measured, from which sizes on which implementation is faster, the two promises."""
+    """The measurements, which implementation is faster at which size, and the two targets."""
     kinds = dict.fromkeys((result["case"], result["dtype"]) for result in results)
     for case, dtype in kinds:
         rows = [result for result in results if (result["case"], result["dtype"]) == (case, dtype)]
         yield table_of(f"{case}, {dtype}", rows)
     yield choices(results, ("jax_bce, xla",), CHOICE)
-    yield choices(results, ("jax_bce, xla", "optax", "jnp"), "The fastest form in XLA / the kernel")
+    yield choices(
+        results,
+        ("jax_bce, xla", "optax", "jnp"),
+        "time of the fastest XLA version / time of the kernel",
+    )
     for result in results:
         if "error" in result:
             where = f"{result['case']}, {result['dtype']}, n = {result['n']}"
-            yield f"no result: {result['contestant']}, {where}: {str(result['error'])[:150]}"
+            yield f"no result: {result['implementation']}, {where}: {str(result['error'])[:150]}"
     for dtype, target in TARGETS.items():
         for mode in ("value_and_grad", "value"):
             shares = [
                 result["share_of_copy_bandwidth"]
                 for result in results
                 if (result["case"], result["dtype"]) == (f"{mode}, mean", dtype)
-                and result["contestant"] == "jax_bce"
+                and result["implementation"] == "jax_bce"
                 and result["n"] >= 2**26
                 and result.get("share_of_copy_bandwidth")
             ]
@@ -291,18 +295,18 @@ def measure_all(options: argparse.Namespace, output: Path, console: Console) -> 
 def _measure_all(
     options: argparse.Namespace, workers: list[Worker], output: Path, console: Console
 ) -> Iterator[Record]:
-    """The records that the output holds already, and those of the cases that it lacks."""
+    """The records already in the output, then those of the missing cases."""
     deadline = time.monotonic() + options.budget
     facts: Record = {"driver": _driver(), "versions": versions(), "dry_run": options.dry_run}
     for worker in tuple(workers):
         try:
             facts = worker.start() | facts
         except (EOFError, OSError) as error:
-            console.print(f"{worker.family} is left out, it does not start: {_text(error)}")
+            console.print(f"{worker.family} is left out because it did not start: {_text(error)}")
             worker.stop()
             workers.remove(worker)
     if facts.pop("platform", None) != "gpu" and not options.dry_run:
-        sys.exit("there is no GPU that JAX can use; --dry-run does without")
+        sys.exit("JAX found no GPU; --dry-run runs on a CPU")
     lines = map(json.loads, output.read_text().splitlines() if output.exists() else ())
     earlier = [record for record in lines if "calls_in_a_program" in record]  # no profile
     yield from earlier
@@ -315,7 +319,7 @@ def _measure_all(
     ]
     for index, case in enumerate(chosen):
         if time.monotonic() > deadline:
-            console.print(f"{len(chosen) - index} cases are left out: the budget is spent")
+            console.print(f"the budget is spent: {len(chosen) - index} cases are left out")
             return
         console.print(f"{index + 1}/{len(chosen)}: {case.name}, {case.dtype}, 2^{case.power}")
         found: Found = {}
@@ -328,7 +332,7 @@ def _measure_all(
 
 
 def call_under_profiler(name: str, case: Case) -> None:
-    """Runs the program of one contestant, and lets a profiler see only that."""
+    """Runs the program of one implementation, with the profiler on only for that."""
     import ctypes
 
     module = importlib.import_module(f"gpu_{'torch' if name.startswith('torch') else 'jax'}")
@@ -345,7 +349,7 @@ def call_under_profiler(name: str, case: Case) -> None:
 
 
 def profile_of(lines: Iterable[str], case: Case) -> Record:
-    """The kernels of a call and what they move, from the CSV of Nsight Compute."""
+    """The kernels of a call and the bytes they move, from Nsight Compute's CSV output."""
     totals = dict.fromkeys(METRICS, 0.0)
     kernels = []
     for row in csv.DictReader(line for line in lines if line.startswith('"')):
@@ -353,7 +357,7 @@ def profile_of(lines: Iterable[str], case: Case) -> Record:
         if row["Metric Name"] == METRICS[0]:
             kernels.append(row["Kernel Name"])
     if not kernels:
-        raise ValueError("it lists no kernel")
+        raise ValueError("no kernel in the profile")
     read, written, nanoseconds = (totals[metric] / case.calls for metric in METRICS)
     return {
         "kernels": kernels[: len(kernels) // case.calls],
@@ -372,7 +376,7 @@ def profile(options: argparse.Namespace, output: Path, console: Console) -> None
     for (logits, labels), name in itertools.product(MAIN, PROFILED):
         case = Case("value_and_grad", "mean", logits, labels, PROFILED_POWER)
         common = {"date": now(), "case": f"profile of {case.name}", "dtype": case.dtype}
-        common |= {"versions": versions(), "driver": _driver(), "n": case.n, "contestant": name}
+        common |= {"versions": versions(), "driver": _driver(), "n": case.n, "implementation": name}
         left = min(CASE_SECONDS, deadline - time.monotonic())
         try:
             done = subprocess.run(
@@ -384,13 +388,13 @@ def profile(options: argparse.Namespace, output: Path, console: Console) -> None
             record = common | profile_of(done.stdout.splitlines(), case)
             profiled += 1
             console.print(
-                f"{name}, {case.dtype}: {len(record['kernels'])} kernels, bytes an element: "
+                f"{name}, {case.dtype}: {len(record['kernels'])} kernels, bytes per element: "
                 f"{record['bytes_read_per_element']:.2f} read, "
                 f"{record['bytes_written_per_element']:.2f} written"
             )
         except ValueError as error:
-            said = (done.stdout + done.stderr)[-500:]
-            record = common | {"error": f"{_text(error)}; ncu says: {said}"}
+            output_of_ncu = (done.stdout + done.stderr)[-500:]
+            record = common | {"error": f"{_text(error)}; output of ncu: {output_of_ncu}"}
         except (OSError, subprocess.TimeoutExpired) as error:
             record = common | {"error": _text(error)}
         if "error" in record:
@@ -402,23 +406,25 @@ def profile(options: argparse.Namespace, output: Path, console: Console) -> None
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="jax_bce against its peers on this GPU")
+    parser = argparse.ArgumentParser(description="compare jax_bce with its peers on this GPU")
     sizes = (10, 14, 18, 22, 26, 28, 30)
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="powers of 2")
-    parser.add_argument("--only", default="", help="a pattern of the cases: 'mean, float32'")
+    parser.add_argument(
+        "--only", default="", help="regular expression for the cases, e.g. 'mean, float32'"
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--seconds", type=float, default=0.3, help="for each case and family")
     parser.add_argument("--budget", type=float, default=360, help="seconds for all cases")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
-    parser.add_argument("--profile", action="store_true", help="count bytes instead, with ncu")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU")
+    parser.add_argument("--profile", action="store_true", help="count bytes with ncu instead")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, without graphs")
     parser.add_argument("--call", nargs=3, help=argparse.SUPPRESS)  # what ncu starts
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    # Read by XLA when it starts. PyTorch has as much.
+    # Read by XLA when it starts. PyTorch gets the same share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     if options.call:
         name, logits, labels = options.call

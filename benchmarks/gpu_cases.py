@@ -1,8 +1,8 @@
-"""What gpu.py measures, without JAX and PyTorch: each of them has a process of its own.
+"""The cases that gpu.py measures. Imports neither JAX nor PyTorch: each runs in its own process.
 
-A contestant becomes a program that holds many calls of it and is replayed. Every call of a program
-reads operands of its own and leaves its results in buffers of its own, so that none finds in the L2
-cache what it needs; the calls run one after the other.
+A program holds many calls of one implementation and is replayed. Every call has its own operands
+and result buffers, so that the L2 cache holds nothing that it needs. The calls run one after the
+other.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
-# Four times the largest L2 cache there is (126 MB, B200).
+# Four times the largest L2 cache of any GPU (126 MB, B200).
 ROTATED_BYTES = 2**29
 MOST_CALLS = 64
 GATE_WORDS = {"cpu": 2**20, "gpu": 2**30}
@@ -18,9 +18,10 @@ ROW = 1024
 
 
 class Case(NamedTuple):
-    """What is computed: `reduction` is "mean", "rows" (axis=-1), "none", or "weighted".
+    """One computation. `reduction` is "mean", "rows" (axis=-1), "none" or "weighted".
 
-    "weighted" is a mean of weighted losses that the user reduces: XLA may fuse what is around them.
+    "weighted" is a mean of weighted losses that the user computes: XLA may fuse the operations
+    around the losses.
     """
 
     mode: str
@@ -47,7 +48,7 @@ class Case(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        """The least that a call can move: every operand read once, every result written once."""
+        """The minimum that a call moves: every operand read once, every result written once."""
         width = ITEMSIZE[self.logits] + ITEMSIZE[self.labels]
         width += ITEMSIZE[self.logits] * (self.mode == "value_and_grad")
         width += ITEMSIZE[self.logits] * (self.reduction == "none")
@@ -56,12 +57,12 @@ class Case(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """In a program: what they move is ROTATED_BYTES, or as much as MOST_CALLS do."""
+        """Calls per program: enough to move ROTATED_BYTES, at most MOST_CALLS."""
         return min(math.ceil(ROTATED_BYTES / self.bytes_moved), MOST_CALLS)
 
 
 class Program(NamedTuple):
-    """`enqueue` starts a replay of all the calls, `wait` ends with the last one."""
+    """`enqueue` starts a replay of all calls; `wait` returns when the last one is done."""
 
     enqueue: Callable[[], object]
     wait: Callable[[], object]

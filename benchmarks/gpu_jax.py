@@ -1,9 +1,9 @@
-"""The JAX contestants of gpu.py, and a copy by XLA.
+"""The JAX implementations for gpu.py, and a copy by XLA.
 
-In a program, an optimization barrier ties each call's operands to the results of the call before.
-It costs nothing on the device, and XLA neither fuses nor merges nor reorders the calls. Replays
-donate the results of the replay before: so all addresses stay, and the CUDA graph that XLA makes of
-the program is never updated.
+In a program, an optimization barrier ties each call's operands to the results of the previous call.
+It costs nothing on the device and keeps XLA from fusing, merging or reordering the calls. Each
+replay donates the results of the previous one, so that all addresses stay the same and XLA never
+has to update the program's CUDA graph.
 """
 
 import re
@@ -22,7 +22,7 @@ from peers import Loss, jnp_losses, optax_losses
 import jax_bce
 from jax_bce.__main__ import report
 
-# A graph also of few kernels: by itself, XLA makes one from 5 on.
+# Make a graph even of a few kernels: by default, XLA needs at least 5.
 ONE_GRAPH = {"xla_gpu_graph_min_graph_size": 1}
 
 Function = Callable[..., Any]
@@ -37,7 +37,7 @@ def facts() -> dict[str, str]:
 
 
 def gate() -> Program:
-    """One kernel that takes long, in place."""
+    """One kernel that takes long and works in place."""
     invert = jax.jit(jnp.invert, donate_argnums=0)
     words = jnp.zeros(GATE_WORDS[jax.default_backend()], jnp.uint32)
 
@@ -68,7 +68,7 @@ def _in_float32(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _call(case: Case, loss: Loss, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """What the mode asks for, in the dtypes that jax_bce gives."""
+    """The results of the mode, in the dtypes that jax_bce returns."""
     dtype = case.logits if case.reduction == "none" else "float32"
 
     def value(logits: jax.Array, labels: jax.Array, *weights: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def _empty_results(function: Function, operands: list[Any]) -> list[Any]:
 
 
 def chained(function: Function) -> Any:
-    """Calls of a function one after the other, into the results of the replay before."""
+    """Calls of a function one after the other, into the buffers of the previous replay."""
     once = jax.jit(function)  # traced once, called many times
 
     def program(operands: list[Any], previous: list[Any]) -> list[Any]:
@@ -133,7 +133,7 @@ def _compile(function: Function, operands: list[Any], results: list[Any]) -> tup
 
 
 def builders(case: Case) -> Builders:
-    """A builder raises what the compilation of its contestant raised."""
+    """A builder raises the error of its implementation's compilation, if there was one."""
     losses = {
         "jax_bce": _ours(case, "cuda" if jax.default_backend() == "gpu" else "cpu"),
         "jax_bce, xla": _ours(case, "xla"),
@@ -148,7 +148,7 @@ def builders(case: Case) -> Builders:
     operands = _operands(case)
     words = case.bytes_moved // 8
     sources = [(jnp.full(words, i, jnp.uint32),) for i in range(case.calls)]
-    # Two sets of buffers serve all: the contestants' results have the same shapes and dtypes.
+    # Two sets of buffers are enough: all implementations return the same shapes and dtypes.
     buffers = {
         "results": _empty_results(functions["jnp"], operands),
         "copies": _empty_results(jnp.invert, sources),
@@ -164,10 +164,10 @@ def builders(case: Case) -> Builders:
             try:
                 buffers[own] = program(inputs, buffers[own])
             except Exception:
-                buffers[own] = _empty_results(function, inputs)  # what was donated is gone
+                buffers[own] = _empty_results(function, inputs)  # the donated ones are gone
                 raise
 
-        # The last call's results are the last: asking for all would take the host as long as calls.
+        # Wait for the last results only: asking for all takes the host as long as the calls.
         return Program(enqueue, lambda: jax.block_until_ready(buffers[own][-1]), is_graph)
 
     with ThreadPoolExecutor() as pool:

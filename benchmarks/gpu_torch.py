@@ -1,4 +1,4 @@
-"""The PyTorch contestants of gpu.py, and a copy by the driver. A program is a captured stream."""
+"""The PyTorch implementations for gpu.py, and a copy by the driver. A program is a CUDA graph."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +16,9 @@ DEVICE = torch.device("cuda" if PLATFORM == "gpu" else "cpu")
 
 def facts() -> dict[str, str]:
     if PLATFORM == "gpu":
-        torch.cuda.set_per_process_memory_fraction(0.45)  # JAX has as much
+        torch.cuda.set_per_process_memory_fraction(0.45)  # JAX gets the same share
     else:
-        torch.set_num_threads(1)  # a dry run is not to wait for threads
+        torch.set_num_threads(1)  # a dry run should not wait for threads
     return {"platform": PLATFORM}
 
 
@@ -28,13 +28,13 @@ def _wait() -> None:
 
 
 def gate() -> Program:
-    """One kernel that takes long, in place."""
+    """One kernel that takes long and works in place."""
     words = torch.zeros(GATE_WORDS[PLATFORM], dtype=torch.int32, device=DEVICE)
     return Program(lambda: torch.bitwise_not(words, out=words), _wait, False)
 
 
 def _loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    # It takes labels of the logits' dtype only.
+    # PyTorch requires labels of the logits' dtype.
     return binary_cross_entropy_with_logits(x, y.to(x.dtype))
 
 
@@ -64,7 +64,7 @@ def _program(function: Function, operands: list[Any]) -> Program:
 
     if PLATFORM == "cpu":
         return Program(calls, _wait, False)
-    stream = torch.cuda.Stream()  # a capture asks for a warm-up on another stream
+    stream = torch.cuda.Stream()  # a capture needs a warm-up on another stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -72,7 +72,7 @@ def _program(function: Function, operands: list[Any]) -> Program:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = calls()  # all kept until the end, so that each has a buffer of its own
+        results = calls()  # kept until the end, so that each has its own buffer
     results.clear()
     return Program(graph.replay, _wait, True)
 

@@ -1,14 +1,14 @@
-"""What weights, masks, short rows and the related losses cost on a CPU, in one run.
+"""Measures the cost of weights, masks, short rows and the related losses on a CPU.
 
     python benchmarks/options.py --rows 4096 --columns 8192 --short-rows 1048576 --seconds 30
 
-`value_and_grad` of the mean of float32 logits with uint8 labels, compiled. Every round takes one
-sample of every case, in a rotating order; reported are medians, and the median over the rounds of
-the ratio to the case that each is compared with. A second table has many rows of two logits, with
-what each row may have of its own, by the kernel and by XLA. `temporary` is what XLA sets aside
-beside operands and results. Memory is what a program gets by default (`bench.py`: "fresh"). Where a
-process keeps its memory, XLA reuses that of a program that is one call alone, and of no other: the
-unweighted call would be compared with page faults.
+Times compiled `value_and_grad` of the mean loss of float32 logits with uint8 labels. Each round
+takes one sample of every case, in a rotating order. The table shows medians over the rounds: of the
+time, and of its ratio to the case it is compared with. A second table is for many rows of two
+logits, with per-row options, computed by the kernel and by XLA. `temporary` is the memory that XLA
+allocates in addition to operands and results. The process uses the default memory settings ("fresh"
+in bench.py). If it kept its memory ("warm"), XLA would reuse memory only in programs that are a
+single call, and the unweighted call would be compared with calls that suffer page faults.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Case = tuple[Callable[..., jax.Array], dict[str, jax.Array], str]
 
 
 def multiplied(logits, labels, *, where, pos_weight):
-    """What a user of optax writes."""
+    """What an optax user writes."""
     y = labels.astype(logits.dtype)
     losses = optax.sigmoid_binary_cross_entropy(logits, y) * (1 + (pos_weight - 1) * y)
     return jnp.sum(losses * where[:, None]) / (jnp.sum(where) * logits.shape[1])
@@ -68,7 +68,7 @@ def cases(rows: int, columns: int) -> dict[str, Case]:
 
 
 def by_rows(factor: jax.Array, **keywords) -> Callable[..., jax.Array]:
-    """The sum of the losses of all rows, each times a number of its own."""
+    """The sum of the rows' losses, each multiplied by its own factor."""
 
     def function(logits, labels, implementation=None, **arrays):
         losses = jax_bce.loss(
@@ -80,7 +80,7 @@ def by_rows(factor: jax.Array, **keywords) -> Callable[..., jax.Array]:
 
 
 def of_short_rows(rows: int) -> dict[str, Case]:
-    """What a row may have of its own."""
+    """Cases with per-row options."""
     keys = jax.random.split(jax.random.key(3), 4)
     factor = jax.random.uniform(keys[0], rows, minval=0.5)
     row_mask = jax.random.bernoulli(keys[1], 0.9, rows)
@@ -88,7 +88,7 @@ def of_short_rows(rows: int) -> dict[str, Case]:
     plain, own = "rows of 2", by_rows(factor)
 
     def shared(logits, labels, implementation=None):
-        """Labels that vmap does not map."""
+        """Labels over which vmap does not map."""
         logits = logits.reshape(-1, 1024, 2)
         mapped = jax.vmap(
             lambda x: jax_bce.loss(x, labels[:1024], axis=-1, implementation=implementation)
@@ -111,7 +111,7 @@ def of_short_rows(rows: int) -> dict[str, Case]:
 
 
 def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
-    """Pairs, each measured apart: what one sets free is a burden to the next."""
+    """Pairs, each measured separately: memory that one frees slows down the next."""
     both, focal = "pos_weight (C,), row mask", "focal_loss"
     return [
         {both: options[both], f"optax: {both}": (multiplied, options[both][1], both)},
@@ -126,7 +126,7 @@ def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
 def measure(
     found: dict[str, Case], logits: jax.Array, labels: jax.Array, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds a call, one number a round, and bytes of temporaries."""
+    """Seconds per call, one number per round, and bytes of temporary memory."""
     calls, temporary = {}, {}
     for name, (function, options, _) in found.items():
         compiled = jax.jit(jax.value_and_grad(function)).lower(logits, labels, **options).compile()
@@ -141,7 +141,7 @@ def measure(
     while len(times[names[-1]]) < 7 or time.perf_counter() < end:
         names.append(names.pop(0))
         for name in names:
-            calls[name]()  # the memory of the one before is another
+            calls[name]()  # not timed: the previous call used other memory
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
@@ -149,7 +149,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the options of jax_bce on this CPU")
+    parser = argparse.ArgumentParser(description="the cost of jax_bce's options on this CPU")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=8192)
     parser.add_argument("--short-rows", type=int, default=2**20)
@@ -176,8 +176,8 @@ def table_of(
     logits = 4 * jax.random.normal(jax.random.key(1), shape)
     labels = jax.random.bernoulli(jax.random.key(2), 0.3, shape).astype(jnp.uint8)
     table = Table(title=f"value_and_grad of {title}, {shape[0]} x {shape[1]} float32, uint8 labels")
-    for column in "", "ms", "times", "of", "temporary bytes":
-        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for column in "", "ms", "ratio", "to", "temporary bytes":
+        table.add_column(column, justify="left" if column in ("", "to") else "right")
     records = []
     for group in groups:
         times, temporary = measure(group, logits, labels, seconds)

@@ -1,4 +1,4 @@
-"""What a line of a result holds, and the tables of such lines: for bench.py and gpu.py."""
+"""The records that bench.py and gpu.py write, and tables of them."""
 
 import datetime
 import platform
@@ -31,10 +31,10 @@ def versions() -> dict[str, str]:
 def records(
     common: Record, times: Mapping[str, Sequence[float]], bytes_moved: float
 ) -> Iterator[Record]:
-    """One for each contestant of a case, from its seconds a call.
+    """One record per implementation of a case, from its seconds per call.
 
-    `common` holds what they share, "n" among it; those named "copy" moved the same number of bytes,
-    and the fastest of them is the machine's bandwidth.
+    `common` holds the fields that all records share, including "n". Implementations named "copy"
+    move the same number of bytes; the fastest of them gives the machine's bandwidth.
     """
     n = int(str(common["n"]))
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -42,7 +42,7 @@ def records(
     ours = medians.get("jax_bce")
     for name, values in times.items():
         yield common | {
-            "contestant": name,
+            "implementation": name,
             "rounds": len(values),
             "median_ns_per_element": medians[name] / n * 1e9,
             "min_ns_per_element": min(values) / n * 1e9,
@@ -58,17 +58,19 @@ def _cell(record: Record | None) -> str:
     times = record["times_jax_bce"]
     shown = f"{record['median_ns_per_element']:.3g}"
     return (
-        shown if times is None or record["contestant"] == "jax_bce" else f"{shown} ({times:.2g}x)"
+        shown
+        if times is None or record["implementation"] == "jax_bce"
+        else f"{shown} ({times:.2g}x)"
     )
 
 
 def table_of(title: str, results: Iterable[Record]) -> Table:
-    """Nanoseconds an element of one case: a row for each n, a column for each contestant."""
+    """Nanoseconds per element of one case: a row for each n, a column for each implementation."""
     rows: dict[int, dict[str, Record]] = {}
     for result in results:
-        rows.setdefault(int(str(result["n"])), {})[str(result["contestant"])] = result
+        rows.setdefault(int(str(result["n"])), {})[str(result["implementation"])] = result
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title=f"{title}: ns an element, and times jax_bce")
+    table = Table(title=f"{title}: ns per element (ratio to jax_bce)")
     for column in ("n", *names, "jax_bce: GB/s, share of copy"):
         table.add_column(column, justify="right")
     for n, row in sorted(rows.items()):

@@ -263,7 +263,7 @@ void store(const Result& result, int64_t offset, int size, const Scalar* from) {
     using Stored = std::remove_pointer_t<decltype(type)>;
     Stored* to = static_cast<Stored*>(result.data) + offset;
     if constexpr (std::is_same_v<Stored, Scalar>) {
-      if (to != from) std::memcpy(to, from, size * sizeof(Scalar));
+      std::memcpy(to, from, size * sizeof(Scalar));
     } else if constexpr (std::is_same_v<Stored, Float16> || std::is_same_v<Stored, BFloat16>) {
       if constexpr (std::is_same_v<Scalar, float>) narrow(from, size, to);
     }
@@ -465,11 +465,12 @@ BCE_INLINE void finish_row(const Problem& problem, int64_t row, double loss) {
     static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
 }
 
-// Evaluates elements, tile by tile.
-template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
-class Evaluation {
- public:
-  explicit Evaluation(const Problem& problem) : problem_(problem), last_(problem.rank - 1) {
+// The operands of a problem, loaded tile by tile. It does not depend on what is computed of them,
+// so that it is compiled once for each type of the arithmetic.
+template <class Scalar>
+class Inputs {
+ protected:
+  explicit Inputs(const Problem& problem) : problem_(problem), last_(problem.rank - 1) {
     const auto one_for_all = [&](const Operand& operand) {
       for (int d = 0; d < problem.rank; ++d)
         if (operand.strides[d] != 0) return false;
@@ -484,48 +485,17 @@ class Evaluation {
     }
   }
 
-  // Its losses, if they are to be added up, are in the tile that is returned, up to the next
-  // multiple of kSumLanes.
-  BCE_INLINE const Tile<Scalar>& evaluate(const Span& span) {
+  // Makes it the tile of these elements.
+  BCE_INLINE void begin(const Span& span) {
     const int filled = span.size();
     tile_.size = (filled + kSumLanes - 1) / kSumLanes * kSumLanes;
     const bool same_row = span.rows == 1 && located_.rows == 1 && span.row == located_.row;
     if (!same_row) locate(span);
     if (!loaded_ || (!one_for_all_ && !(same_row && one_for_row_))) load_factors(span);
     located_ = span;
-    const int64_t offset = span.row * problem_.columns() + span.column;
-    tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
-    tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
     masked_ = false;
-    if (dropped_) {
-      drop();
-    } else if (problem_.total) {
-      if (problem_.modifiers[kIgnoreLabel].data) load_labels(span);
-      modify(span) == Modified::kDropped ? drop() : take_weights();
-    } else {
-      tile_.logits = load(problem_.logits, &RowStart::logits, span, logits_);
-      load_labels(span);
-      evaluate_elements(span);
-    }
-    if constexpr (kReduce)
-      for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
-    if constexpr (kLoss && !kReduce) store(problem_.loss, offset, filled, tile_.loss);
-    if constexpr (kGradient) store(problem_.gradient, offset, filled, tile_.gradient);
-    return tile_;
   }
 
-  // Writes the losses of the rows of the last tile.
-  BCE_INLINE void finish(const double* sums) const {
-    double losses[kTile];
-    for (int i = 0; i < located_.rows; ++i) {
-      const int own = one_for_all_ ? 0 : i;
-      const double loss = sums[i] * scale_[own] / divisor_[own];
-      losses[i] = scale_[own] == 0 || divisor_[own] == 0 ? 0 : loss;
-    }
-    for (int i = 0; i < located_.rows; ++i) finish_row(problem_, located_.row + i, losses[i]);
-  }
-
- private:
   void locate(const Span& span) {
     segments_ = 0;
     const int64_t together = last_ > 0 ? problem_.shape[last_ - 1] : 1;
@@ -560,13 +530,14 @@ class Evaluation {
     const int64_t stride = span.rows > 1 && span.columns == 1 ? row_stride : operand.strides[last_];
     const bool one_piece = segments_ == 1 && (span.rows == 1 || span.columns == 1 ||
                                               row_stride == stride * span.columns);
+    const int64_t begin = segment_[0].start.*start + span.column * stride;
+    if (operand.type == kTypeOf<Scalar> && one_piece && stride == 1 && size == kTile)
+      return static_cast<const Scalar*>(operand.data) + begin;
     return dispatch(operand.type, [&](auto* type) -> const Scalar* {
       using Stored = std::remove_pointer_t<decltype(type)>;
       const Stored* data = static_cast<const Stored*>(operand.data);
-      const Stored* from = data + segment_[0].start.*start + span.column * stride;
+      const Stored* from = data + begin;
       if (one_piece && stride == 1) {
-        if constexpr (std::is_same_v<Stored, Scalar>)
-          if (size == kTile) return from;
         widen(from, size, buffer);
       } else if (one_piece && stride == 0) {
         const Scalar value = convert<Scalar>(*from);
@@ -645,58 +616,6 @@ class Evaluation {
       for (int k = 0; k < span.size(); ++k) tile_.smoothed |= smoothing[k] != 0;
       if (smoothing != tile_.smoothing)
         std::memcpy(tile_.smoothing, smoothing, sizeof tile_.smoothing);
-    }
-  }
-
-  BCE_INLINE void evaluate_elements(const Span& span) {
-    const bool modifies = problem_.modified || zeros_ || powers_;
-    const Modified modified = modifies ? modify(span) : Modified::kNot;
-    if (modified == Modified::kDropped) {
-      drop();
-    } else if (exponentials<true>(tile_) && !powers_) {
-      if (modified == Modified::kNot) compute<true, Modified::kNot>();
-      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
-      if (modified == Modified::kAny) compute<true, Modified::kAny>();
-    } else {
-      exponentials<false>(tile_);
-      if (modified == Modified::kPositive)  // of which all weights are exact
-        for (Scalar& low : tile_.weight_low) low = 0;
-      modified == Modified::kNot ? compute<false, Modified::kNot>()
-                                 : compute<false, Modified::kAny>();
-    }
-    // A factor that is not a number, or negative, would show where an element does not exist.
-    if (masked_ && !tame_) {
-      for (int i = 0; i < span.size(); ++i) {
-        if (keep_[i] != 0) continue;
-        if constexpr (kLoss && !kReduce) tile_.loss[i] = 0;
-        if constexpr (kGradient) tile_.gradient[i] = 0;
-      }
-    }
-  }
-
-  template <bool kCommon, Modified kModified>
-  BCE_INLINE void compute() {
-    elements<kCommon, kModified, kReduce, kLoss, kGradient>(tile_, problem_.loss.type,
-                                                            problem_.gradient.type);
-  }
-
-  // What elements that do not exist give.
-  void drop() {
-    for (int i = 0; i < tile_.size; ++i) {
-      if constexpr (kLoss) tile_.loss[i] = tile_.loss_low[i] = 0;
-      if constexpr (kGradient) tile_.gradient[i] = 0;
-    }
-  }
-
-  void take_weights() {
-    if constexpr (kLoss) {
-      using V = Vector<Scalar>;
-      for_each_vector<V>(tile_.size, [&](int i) {
-        const auto weight =
-            finite_low<V>({V::load(tile_.weight + i), V::load(tile_.weight_low + i)});
-        V::store(tile_.loss + i, weight.high);
-        V::store(tile_.loss_low + i, weight.low);
-      });
     }
   }
 
@@ -824,8 +743,126 @@ class Evaluation {
   double scale_[kTile], divisor_[kTile];  // of which the factors are made
   bool masked_;                           // by keep_
   Tile<Scalar> tile_;
-  alignas(64) Scalar logits_[kTile], labels_[kTile], loss_[kTile], gradient_[kTile];
+  alignas(64) Scalar logits_[kTile], labels_[kTile];
   alignas(64) Scalar pos_weight_[kTile], power_[kTile], keep_[kTile], rest_[kTile];
+};
+
+// Evaluates elements, tile by tile.
+template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
+class Evaluation : Inputs<Scalar> {
+ public:
+  explicit Evaluation(const Problem& problem) : Inputs<Scalar>(problem) {}
+
+  // Its losses, if they are to be added up, are in the tile that is returned, up to the next
+  // multiple of kSumLanes.
+  BCE_INLINE const Tile<Scalar>& evaluate(const Span& span) {
+    const int filled = span.size();
+    begin(span);
+    const int64_t offset = span.row * problem_.columns() + span.column;
+    tile_.loss = kReduce ? loss_ : target(problem_.loss, offset, filled, loss_);
+    tile_.gradient = target(problem_.gradient, offset, filled, gradient_);
+    if (dropped_) {
+      drop();
+    } else if (problem_.total) {
+      if (problem_.modifiers[kIgnoreLabel].data) load_labels(span);
+      modify(span) == Modified::kDropped ? drop() : take_weights();
+    } else {
+      tile_.logits = load(problem_.logits, &RowStart::logits, span, logits_);
+      load_labels(span);
+      evaluate_elements(span);
+    }
+    if constexpr (kReduce)
+      for (int i = filled; i < tile_.size; ++i) tile_.loss[i] = tile_.loss_low[i] = 0;
+    if (kLoss && !kReduce && tile_.loss == loss_) store(problem_.loss, offset, filled, loss_);
+    if (kGradient && tile_.gradient == gradient_)
+      store(problem_.gradient, offset, filled, gradient_);
+    return tile_;
+  }
+
+  // Writes the losses of the rows of the last tile.
+  void finish(const double* sums) const {
+    double losses[kTile];
+    for (int i = 0; i < located_.rows; ++i) {
+      const int own = one_for_all_ ? 0 : i;
+      const double loss = sums[i] * scale_[own] / divisor_[own];
+      losses[i] = scale_[own] == 0 || divisor_[own] == 0 ? 0 : loss;
+    }
+    for (int i = 0; i < located_.rows; ++i) finish_row(problem_, located_.row + i, losses[i]);
+  }
+
+ private:
+  using Inputs<Scalar>::begin;
+  using Inputs<Scalar>::divisor_;
+  using Inputs<Scalar>::dropped_;
+  using Inputs<Scalar>::keep_;
+  using Inputs<Scalar>::labels_;
+  using Inputs<Scalar>::load;
+  using Inputs<Scalar>::load_labels;
+  using Inputs<Scalar>::located_;
+  using Inputs<Scalar>::logits_;
+  using Inputs<Scalar>::masked_;
+  using Inputs<Scalar>::modify;
+  using Inputs<Scalar>::one_for_all_;
+  using Inputs<Scalar>::powers_;
+  using Inputs<Scalar>::problem_;
+  using Inputs<Scalar>::scale_;
+  using Inputs<Scalar>::tame_;
+  using Inputs<Scalar>::tile_;
+  using Inputs<Scalar>::zeros_;
+
+  BCE_INLINE void evaluate_elements(const Span& span) {
+    const bool modifies = problem_.modified || zeros_ || powers_;
+    const Modified modified = modifies ? modify(span) : Modified::kNot;
+    if (modified == Modified::kDropped) {
+      drop();
+    } else if (exponentials<true>(tile_) && !powers_) {
+      if (modified == Modified::kNot) compute<true, Modified::kNot>();
+      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
+      if (modified == Modified::kAny) compute<true, Modified::kAny>();
+    } else {
+      exponentials<false>(tile_);
+      if (modified == Modified::kPositive)  // of which all weights are exact
+        for (Scalar& low : tile_.weight_low) low = 0;
+      modified == Modified::kNot ? compute<false, Modified::kNot>()
+                                 : compute<false, Modified::kAny>();
+    }
+    // A factor that is not a number, or negative, would show where an element does not exist.
+    if (masked_ && !tame_) {
+      for (int i = 0; i < span.size(); ++i) {
+        if (keep_[i] != 0) continue;
+        if constexpr (kLoss && !kReduce) tile_.loss[i] = 0;
+        if constexpr (kGradient) tile_.gradient[i] = 0;
+      }
+    }
+  }
+
+  template <bool kCommon, Modified kModified>
+  BCE_INLINE void compute() {
+    elements<kCommon, kModified, kReduce, kLoss, kGradient>(tile_, problem_.loss.type,
+                                                            problem_.gradient.type);
+  }
+
+  // What elements that do not exist give.
+  void drop() {
+    for (int i = 0; i < tile_.size; ++i) {
+      if constexpr (kLoss) tile_.loss[i] = tile_.loss_low[i] = 0;
+      if constexpr (kGradient) tile_.gradient[i] = 0;
+    }
+  }
+
+  void take_weights() {
+    if constexpr (kLoss) {
+      using V = Vector<Scalar>;
+      for_each_vector<V>(tile_.size, [&](int i) {
+        const auto weight =
+            finite_low<V>({V::load(tile_.weight + i), V::load(tile_.weight_low + i)});
+        V::store(tile_.loss + i, weight.high);
+        V::store(tile_.loss_low + i, weight.low);
+      });
+    }
+  }
+
+  alignas(64) Scalar loss_[kTile], gradient_[kTile];
 };
 
 // The sum of a block, if problem.reduce.

@@ -1,14 +1,14 @@
-// The CUDA loop. A warp evaluates a group of a row's elements, a thread block of eight warps a
-// block of a long row, or eight short rows; what the blocks of a row add up to is added by a second
-// kernel. The order is that of bce_problem.h.
+// The CUDA loop. A warp evaluates a group of a row's elements. A thread block of eight warps
+// evaluates a block of a long row, or eight short rows. A second kernel adds up the sums of a row's
+// blocks, in the order defined in bce_problem.h.
 //
-// A thread takes four elements at a time. First, in a loop of few instructions, those that nearly
-// all training has: aligned, labels 0 or 1, no smoothing. From the first exception on a general
-// loop goes on, so that the order stays.
+// A thread takes four elements at a time. It starts with a loop of few instructions for the
+// elements of nearly all training: aligned, labels 0 or 1, no smoothing. From the first exception
+// on, a general loop takes over, so that the order stays the same.
 //
-// A kernel is compiled for each logits dtype and each width of a label, and once more for each
-// logits dtype with the modifiers that a problem may have. Everything else, the labels' dtype among
-// it, is the same for all threads and decided while the kernel runs.
+// There is a kernel for each logits dtype and each label width, and one more for each logits dtype
+// with modifiers. Everything else, including the labels' dtype, is the same for all threads and is
+// decided at run time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -35,7 +35,7 @@ struct Lane {
   static BCE_INLINE T max(T a, T b) { return ::fmax(a, b); }
   static BCE_INLINE T fma(T a, T b, T c) { return ::fma(a, b, c); }
 
-  // To within an ulp in float32. What would be subnormal may be 0.
+  // Within an ulp in float32. Subnormal results may be flushed to 0.
   static BCE_INLINE T reciprocal(T b) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(T) == 4) {
@@ -46,9 +46,10 @@ struct Lane {
     return 1 / b;
   }
 
-  // In float32 for 0 <= a <= 1 <= b <= 3. A third of the instructions of a division that is rounded
-  // right for all operands; for these it is, too, but for a few of 2^27, where an ulp in the
-  // quotient is made up for by the remainder, which the formulas carry along.
+  // In float32 only for 0 <= a <= 1 <= b <= 3. It takes a third of the instructions of a division
+  // that is correctly rounded for all operands. In this range it is correctly rounded, too, except
+  // for a few operands in 2^27. There the quotient is off by an ulp, for which the remainder, which
+  // the formulas use, compensates.
   static BCE_INLINE T divide(T a, T b) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(T) == 4) {
@@ -81,7 +82,7 @@ __device__ void round_to(__nv_bfloat16* to, float value) { *to = __float2bfloat1
 __device__ void round_to(float* to, float value) { *to = value; }
 __device__ void round_to(double* to, double value) { *to = value; }
 
-// Two at once, each way in one instruction.
+// Two numbers at once, with one instruction for each direction.
 __device__ float convert_pair(__half, uint32_t pair, bool second) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(second ? pair >> 16 : pair)));
 }
@@ -93,7 +94,7 @@ __device__ __nv_bfloat162 round_pair(__nv_bfloat16, float a, float b) {
   return __floats2bfloat162_rn(a, b);
 }
 
-// A label of the type from its bits.
+// A label of a type, from its bits.
 template <class Scalar>
 __device__ Scalar label_of(Type type, uint8_t bits) {
   return type == Type::kI8 ? static_cast<int8_t>(bits) : bits;
@@ -144,7 +145,7 @@ __device__ bool same_number(Type type, const void* a, int64_t i, const void* b, 
       return static_cast<const int64_t*>(a)[i] == static_cast<const int64_t*>(b)[j];
     case Type::kF64:
       return static_cast<const double*>(a)[i] == static_cast<const double*>(b)[j];
-    default:  // of which float32 holds all
+    default:  // float32 represents all values of these types
       return number_at<float>(a, type, i) == number_at<float>(b, type, j);
   }
 }
@@ -172,7 +173,7 @@ __device__ Bits one_of(Type type) {
   }
 }
 
-// One store each, which the compiler would take apart.
+// A single store, which the compiler would otherwise split.
 __device__ void store_vector(uint2* to, uint2 vector) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
@@ -192,14 +193,14 @@ __device__ void store_vector(uint4* to, uint4 vector) {
 #endif
 }
 
-// What is transferred at once: 4, 8 or 16 bytes.
+// The type of one transfer: 4, 8 or 16 bytes.
 template <int kBytes>
 struct Transfer {
   using Type =
       std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
 };
 
-// Four elements as they are stored: one transfer, or two.
+// Four elements as stored: one transfer, or two.
 template <class Stored>
 struct Quad {
   static constexpr int kBytes = sizeof(Stored) * kQuad, kTransfers = kBytes > 16 ? 2 : 1;
@@ -245,7 +246,7 @@ __device__ bool is_aligned(const Stored* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(typename Quad<Stored>::Vector) == 0;
 }
 
-// The first `left` of four elements, and padding: nothing else is read.
+// The first `left` of four elements, and padding for the rest, which is not read.
 template <class Stored>
 __device__ Quad<Stored> load(const Stored* from, bool broadcast, int left, Stored padding) {
   if (!broadcast && left >= kQuad && is_aligned(from)) return Quad<Stored>::load(from);
@@ -268,8 +269,8 @@ __device__ void store_as(void* data, int64_t offset, int left, const Scalar* val
     if (c < left) to[c] = quad.get(c);
 }
 
-// Whether four labels are 0 or 1, whose bits are `one`; and the sign bits that stand for a 1, in
-// two pairs of 16-bit numbers.
+// Whether four labels are 0 or 1 (`one` is the bits of 1). Sets a sign bit for each 1, in two pairs
+// of 16-bit numbers.
 __device__ bool signs_of(const Quad<uint8_t>& labels, uint8_t, uint32_t* signs) {
   const uint32_t word = labels.vectors[0];
   signs[0] = __byte_perm(word << 7, 0, 0x1404);
@@ -288,7 +289,7 @@ __device__ bool signs_of(const Quad<Bits>& labels, Bits one, uint32_t* signs) {
   return hard;
 }
 
-// A result that is ready, but for its factor, to be rounded to its type.
+// The value of a result, to be multiplied by its factor and then rounded to its type.
 template <class Scalar>
 __device__ Scalar rounded_once(Pair<Scalar> value, Type type) {
   value = fast_two_sum(value.high, value.low);
@@ -314,7 +315,7 @@ __device__ double fold(double number) {
   return number;
 }
 
-// The sum of the warps' numbers, for the first thread of the thread block.
+// The sum of the warps' numbers. Valid in the first thread of the thread block.
 __device__ double sum_of_warps(double number) {
   __shared__ double numbers[kWarps];
   number = fold(number);
@@ -322,7 +323,7 @@ __device__ double sum_of_warps(double number) {
   __syncthreads();
   double sum = 0;
   for (int warp = 0; warp < kWarps; ++warp) sum += numbers[warp];
-  __syncthreads();  // before the next row overwrites them
+  __syncthreads();  // before the next row overwrites the numbers
   return sum;
 }
 
@@ -335,10 +336,10 @@ __device__ void finish_row(const Problem& problem, int64_t row, const RowStart& 
     static_cast<float*>(problem.loss.data)[row] = static_cast<float>(loss);
 }
 
-// Instead of the type of labels: they have any, and the problem is modified.
+// Replaces the label type in a problem with modifiers, where labels may have any type.
 struct Any {};
 
-// What one thread evaluates of a group, which begins in the row at `begin`.
+// One thread's share of a group, which starts at `begin` in the row.
 template <class Logit, class Label>
 class Share {
  public:
@@ -392,7 +393,7 @@ class Share {
   using L = Lane<Scalar>;
   static constexpr bool kNarrow = sizeof(Logit) == 2;
 
-  // The sign bits of four numbers, or of two pairs of 16-bit ones.
+  // The sign bits of four numbers, or of two pairs of 16-bit numbers.
   struct Signs {
     std::conditional_t<kNarrow, uint32_t, typename L::Bits> bits[kNarrow ? 2 : kQuad];
   };
@@ -419,7 +420,7 @@ class Share {
     if (!is_broadcast(problem_.labels)) labels_ += elements;
   }
 
-  // Whether all elements have one factor and one smoothing, and results the logits' type.
+  // Whether all elements share one factor and one smoothing, and results have the logits' type.
   __device__ bool is_usual() const {
     const auto fits = [](const Result& result) {
       return !result.data || result.type == kTypeOf<Logit>;
@@ -433,8 +434,8 @@ class Share {
     return usual;
   }
 
-  // Whether, besides, nothing but the values of logits and labels can keep evaluate_plain from all
-  // of it: as in nearly all training.
+  // Whether, in addition, only values of logits or labels can stop evaluate_plain, as in nearly
+  // all training.
   __device__ bool is_plain() const {
     const auto fits = [&](const Result& result) {
       return !result.data || is_aligned(static_cast<Logit*>(result.data) + result_);
@@ -444,9 +445,9 @@ class Share {
            fits(problem_.gradient) && (problem_.reduce || fits(problem_.loss));
   }
 
-  // Evaluates quads as long as they are whole, in the common range, and their labels 0 or 1.
+  // Evaluates quads as long as they are complete and in the common range, with labels 0 or 1.
   __device__ void evaluate_plain() {
-    // Evaluated together, while as many more are on their way: some 20 KiB on a multiprocessor.
+    // Quads evaluated together while as many more are loaded: about 20 KiB per multiprocessor.
     constexpr bool kWide = sizeof(Logit) == 8 || sizeof(Label) == 8;
     constexpr int kQuads = kWide ? 1 : kNarrow ? 4 : 2;
     const Scalar divisor = L::reciprocal(rest_);
@@ -464,7 +465,7 @@ class Share {
     if (left_ >= kLast) fetch(0);
 #pragma unroll 1
     for (; left_ >= kLast; left_ -= kStep) {
-      // A label of 1 is one of 0 with the signs of logit and gradient turned.
+      // A label of 1 is like 0 with the signs of logit and gradient flipped.
       Scalar z[kQuads][kQuad];
       Signs signs[kQuads];
       bool common = true;
@@ -475,7 +476,7 @@ class Share {
         for (int c = 0; c < kQuad; ++c) common &= is_common(z[q][c]);
       }
       if (!common) return;
-      // On their way while these are evaluated.
+      // Load the next ones while these are evaluated.
       if (left_ >= kStep + kLast) fetch(kStep);
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q) {
@@ -488,8 +489,8 @@ class Share {
     }
   }
 
-  // Logits and the signs that labels of 1 turn. False if a label is neither 0 nor 1, whose bits are
-  // `one`.
+  // Flips the signs of logits with a label of 1 (whose bits are `one`). False if a label is neither
+  // 0 nor 1.
   __device__ static bool turn(const Quad<Logit>& logits, const Quad<Label>& labels, Label one,
                               Scalar* z, Signs* signs) {
     bool hard = true;
@@ -571,9 +572,9 @@ class Share {
     return bits;
   }
 
-  // The next four elements, whatever they are, as far as they exist.
+  // The next four elements, or as many as are left, of any kind.
   __device__ void evaluate_quad() {
-    // What is not there, with label 0 and no smoothing, has a loss of exactly 0.
+    // The padding, with label 0 and no smoothing, has a loss of exactly 0.
     Logit minus_infinity;
     round_to(&minus_infinity, -Format<Scalar>::kInfinity);
     const auto logits = load(logits_, is_broadcast(problem_.logits), left_, minus_infinity);
@@ -595,7 +596,7 @@ class Share {
         const auto keep = [&](const Result& result, const Scalar* value) {
           (&result == &problem_.loss ? loss : gradient)[c] = *value;
         };
-        // By its own value, so that an element has the same bits beside any other.
+        // Chosen by the element's own value, so that its bits do not depend on its neighbors.
         if (usual_ && is_common(x[c]) && y[c] >= 0 && y[c] <= 1)
           evaluate_soft(c, x[c], y[c], keep);
         else
@@ -616,7 +617,7 @@ class Share {
     if (with_gradient()) store(problem_.gradient, result_, left_, gradient);
   }
 
-  // The next four elements with their modifiers, as far as they exist.
+  // The next four elements, or as many as are left, with their modifiers.
   __device__ void evaluate_modified() {
     const auto logits = load(logits_, is_broadcast(problem_.logits), left_, Logit());
     const int64_t column = result_ - row_ * problem_.columns();
@@ -632,7 +633,7 @@ class Share {
     store_results(loss, gradient);
   }
 
-  // One of them, or, in the place of one that does not exist, a harmless one.
+  // One of them. A masked element is replaced by a harmless one.
   template <class Keep>
   __device__ void evaluate_modified(int c, Scalar x, int64_t column, const Keep& keep) {
     const int64_t element = result_ + c;
@@ -668,12 +669,12 @@ class Share {
       return;
     }
     const Weight<Scalar> own = weight_of<L>(weight, pos_weight, y, smoothing);
-    // One that is not a number, or negative, would show where an element does not exist.
+    // A NaN or negative factor would show in the result of a masked element.
     const Scalar rest = exists ? factor.rest : 0;
     evaluate_wide<false, true, 1>(c, &x, &y, &smoothing, &rest, &rest, keep, own);
   }
 
-  // Of a label of 0 or 1, the bits of evaluate_narrow.
+  // For a label of 0 or 1, gives the same bits as evaluate_narrow.
   template <class Keep>
   __device__ void evaluate_soft(int c, Scalar x, Scalar y, const Keep& keep) {
     const Narrow<L> narrow = narrow_of<L>(x);
@@ -694,8 +695,8 @@ class Share {
     }
   }
 
-  // Elements of the lanes from `lane` on. A gradient's factor is that of its loss, or, where a
-  // label turned the logit, minus that.
+  // Evaluates the elements of the lanes from `lane` on. A gradient has the factor of its loss,
+  // negated if a label flipped the logit.
   template <bool kCommon, bool kModified, int kCount, class Keep>
   __device__ void evaluate_wide(int lane, const Scalar* x, const Scalar* y, const Scalar* smoothing,
                                 const Scalar* factor, const Scalar* gradient_factor,
@@ -747,10 +748,10 @@ class Share {
   const Problem& problem_;
   const int64_t row_;
   const RowStart& start_;
-  const Factor<Scalar> factor_;  // this and the next are of the row's first element
+  const Factor<Scalar> factor_;  // this and the next members are for the row's first element
   const Scalar rest_, power_, smoothing_;
   const bool usual_;
-  // Of what is to be done: how many elements, where they are (if not broadcast), where results go.
+  // The remaining work: how many elements, where they are (if not broadcast), where results go.
   int left_;
   const Logit* logits_;
   const Label* labels_;
@@ -759,11 +760,11 @@ class Share {
   Scalar low_[kQuad] = {};
 };
 
-// Thread blocks on a multiprocessor: as many as leave all variables in registers.
+// Thread blocks per multiprocessor: as many as still keep all variables in registers.
 template <class Logit>
 constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 1 : 2;
 
-// Rows of at most a group: a warp for each.
+// Rows of at most one group: one warp per row.
 template <class Logit, class Label>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
     short_rows(const Problem problem) {
@@ -779,7 +780,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
   }
 }
 
-// Longer rows: a thread block for each block.
+// Longer rows: one thread block per block.
 template <class Logit, class Label>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
     long_rows(const Problem problem, double* workspace) {
@@ -816,7 +817,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t width, int64_t height,
                    CUstream_st* stream, const Arguments&... arguments) {
-  // Rows that exceed the largest grid are left to the kernels' loops over rows.
+  // Rows beyond the largest grid are handled by the kernels' loops over rows.
   constexpr int64_t kMaxWidth = 0x7fffffff, kMaxHeight = 0xffff;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(width < kMaxWidth ? width : kMaxWidth),

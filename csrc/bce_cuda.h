@@ -9,21 +9,22 @@ struct CUstream_st;  // *cudaStream_t, without CUDA's headers
 
 namespace jax_bce {
 
-// How many float64 numbers bce_cuda needs for the sums of the blocks. A row of one block needs
+// The number of float64 values that bce_cuda needs for the sums of blocks. A row of one block needs
 // none.
 constexpr int64_t cuda_workspace(int64_t rows, int64_t columns) {
   return columns > kBlock ? rows * ((columns + kBlock - 1) / kBlock) : 0;
 }
 
-// Enqueues the evaluation on the stream. Returns null, or what is wrong in CUDA's words.
+// Enqueues the evaluation on the stream. Returns null, or CUDA's error message.
 const char* bce_cuda(const Problem& problem, double* workspace, CUstream_st* stream);
 
-// As CUDA numbers them: 13000 is 13.0. The newest CUDA that the driver runs, 0 where there is no
-// driver; and the one that this was built with.
+// The newest CUDA version that the driver supports, 0 without a driver; and the version that this
+// was built with. As CUDA numbers them: 13000 is 13.0.
 int cuda_driver_version();
 int cuda_runtime_version();
 
-// Of each GPU that this process may use: 75 is 7.5. Starts the driver, but nothing on a GPU.
+// The compute capability of each GPU that this process may use: 75 is 7.5. Starts the driver, but
+// runs nothing on a GPU.
 std::vector<int> cuda_compute_capabilities();
 
 }  // namespace jax_bce

@@ -1,39 +1,39 @@
 // THE formulas, once, for every lane type: a host SIMD vector, a host scalar, a CUDA thread.
 //
-// One element of binary cross-entropy with logit x and label y, smoothed by s: y <- y (1 - s) + s /
-// 2,
+// One element of binary cross-entropy has a logit x and a label y. Smoothing by s replaces y by
+// y (1 - s) + s / 2. The element's loss and gradient,
 //     loss     = (1 - y) log(1 + exp(x)) + y log(1 + exp(-x))
 //     gradient = d loss / dx = (1 - y) sigmoid(x) - y sigmoid(-x),
-// comes from e = exp(-|x|) alone, without cancellation:
+// are computed from e = exp(-|x|) alone, without cancellation:
 //     loss     = log1p(e) + c |x|
 //     gradient = sign(x) (c - e / (1 + e)),    c = x >= 0 ? 1 - y : y.
-// A weight q of the positive class takes q y in the place of y, but not in 1 - y:
+// A weight q of the positive class replaces y by q y, but not in 1 - y:
 //     loss     = t log1p(e) + c |x|
 //     gradient = sign(x) (c - t e / (1 + e)),  c = x >= 0 ? 1 - y : q y,  t = 1 - y + q y.
 //
-// The accuracy contract (tests/oracle.py holds the same numbers):
+// The accuracy contract (tests/oracle.py has the same numbers):
 //     float32, labels 0 and 1   <= 1 ulp for loss and gradient, on every one of the 2^32 logits
 //     float32, labels in (0,1)  loss <= 2 ulp; gradient error <= 1 ulp of
 //                               max((1 - y) sigmoid(x), y sigmoid(-x))
 //     float64                   <= 4 ulp
-//     bfloat16, float16         <= 0.502 ulp: rounded once, from about float32's accuracy;
-//                               labels in (0,1) gradient error 2^-22 of that maximum more
-//     weights                   <= 1 ulp of the arithmetic's type more for each of weight,
-//                               sample_weight and pos_weight that an element has, where it is a
-//                               normal number without them
+//     bfloat16, float16         <= 0.502 ulp: rounded only once, from about float32's accuracy;
+//                               labels in (0,1) gradient error larger by 2^-22 of that maximum
+//     weights                   error larger by <= 1 ulp of the arithmetic's type for each of
+//                               weight, sample_weight and pos_weight that an element has, if the
+//                               result without them is a normal number
 //     float32 sums              <= 2^-23, relative, of elements of one sign, also weighted and
 //                               masked
 //     infinities, NaN, tails    the limit; NaN; gradual underflow
-// Labels are rounded to the arithmetic's type first: a float64 label beside float32 logits is the
-// nearest float32 number before 1 - y is formed.
-// To keep the contract, every value whose rounding error would show is a pair: x and, below it,
+// Labels are first rounded to the arithmetic's type: with float32 logits, a float64 label is
+// rounded to float32 before 1 - y is computed.
+// To meet the contract, every value whose rounding error matters is a pair: x, and its low part
 // x_low.
 //
-// Only + - * fma / select and integer operations are used, in a written order, with contraction off
-// in every compiler: each lane type gives the same bits.
+// Only + - * fma / select and integer operations are used, in a fixed order, with contraction off
+// in every compiler, so that each lane type gives the same bits.
 //
-// A Lanes class names Scalar (float or double), Float (its lanes), Bits (unsigned, as wide), and
-// has set, fma, divide, select, min and max (of numbers), to_bits and from_bits.
+// A Lanes class defines Scalar (float or double), Float (its lanes) and Bits (unsigned, of the same
+// width), and has set, fma, divide, select, min and max (of numbers), to_bits and from_bits.
 #pragma once
 
 #ifdef __CUDACC__
@@ -46,8 +46,8 @@
 
 namespace jax_bce {
 
-// c0 + c1 x + c2 x^2 + ...: Horner's rule in x^2 over pairs of terms, half as long a chain of
-// operations for one more of them.
+// c0 + c1 x + c2 x^2 + ...: Horner's rule in x^2 over pairs of terms. The chain of dependent
+// operations is half as long, for one more operation.
 template <class Lanes, class... Coefficients>
 BCE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x, Coefficients... coefficients) {
   using Float = typename Lanes::Float;
@@ -133,7 +133,7 @@ struct Format<double> {
   }
 };
 
-// A number and what its rounding lost.
+// A number and its rounding error.
 template <class Float>
 struct Pair {
   Float high, low;
@@ -153,8 +153,8 @@ BCE_INLINE Pair<Float> two_sum(Float a, Float b) {
   return {sum, (a - (sum - b_part)) + (b - b_part)};
 }
 
-// exp(-|x|) = power (1 + s) scale. The power of two goes on in two steps, scale after log1p and
-// sigmoid, which are the identity on tiny numbers: so that the pairs stay normal and a subnormal
+// exp(-|x|) = power (1 + s) scale. The power of two is applied in two steps, scale after log1p and
+// sigmoid, which are the identity on tiny numbers. This keeps the pairs normal, and a subnormal
 // result is rounded from all its digits. scale is 1 unless the number is tiny.
 template <class Lanes>
 struct FactoredExponential {
@@ -178,8 +178,8 @@ BCE_INLINE typename Lanes::Float magnitude_of(typename Lanes::Float value) {
   return Lanes::from_bits(Lanes::to_bits(value) ^ sign_of<Lanes>(value));
 }
 
-// high + low rounded to odd: rounded again, to half as many digits, it gives what one rounding of
-// the sum gives. A low that is not a number changes nothing.
+// high + low rounded to odd: a second rounding, to half as many digits, then gives the same result
+// as rounding the sum only once. A low that is NaN changes nothing.
 template <class Lanes>
 BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
                                               typename Lanes::Float low) {
@@ -191,20 +191,19 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
                        Lanes::select(outward < zero, Lanes::from_bits((bits - 1) | 1), high));
 }
 
-// The steps from logit and label to loss and gradient: exp_of, then loss_of and gradient_of, whose
-// pairs are not rounded yet. A GPU takes them in one go; a CPU, whose window of instructions is
-// smaller than this chain of dependent ones, one after the other over a tile.
+// The steps from logit and label to loss and gradient: exp_of, then loss_of and gradient_of, which
+// return unrounded pairs. A GPU performs all steps for an element. A CPU, whose instruction window
+// is smaller than this chain of dependent instructions, performs each step for a whole tile.
 //
-// kCommon promises a logit within Format::kCommon of 0, a label of 0 or 1 and no smoothing, as
-// nearly all training has: operations that would change nothing then are left out, and the bits are
-// the same.
+// kCommon promises a logit within Format::kCommon of 0, a label of 0 or 1 and no smoothing, as in
+// nearly all training. Operations that then have no effect are left out; the bits are the same.
 template <class Lanes, bool kCommon, bool kShort = false>
 BCE_INLINE FactoredExponential<Lanes> factored_exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
   using Float = typename Lanes::Float;
   using F = Format<Scalar>;
 
-  // exp(-a) = 2^exponent (1 + s). In biased the exponent, biased, stands in the lowest bits.
+  // exp(-a) = 2^exponent (1 + s). The lowest bits of `biased` hold the biased exponent.
   Float a = magnitude_of<Lanes>(logit);
   const Float underflow = Lanes::set(F::kUnderflow);
   if constexpr (!kCommon) a = Lanes::select(a > underflow, underflow, a);
@@ -212,7 +211,7 @@ BCE_INLINE FactoredExponential<Lanes> factored_exp_of(typename Lanes::Float logi
   const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
   const Float exponent = biased - round;
   const Float r_high = Lanes::fma(exponent, Lanes::set(-F::kLn2High), -a);
-  // What r's rounding loses, up to a fifth of an ulp of e, is the one part that no pair carries.
+  // The rounding error of r, up to a fifth of an ulp of e, is the only one that no pair carries.
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
   Float tail;
   if constexpr (kShort)
@@ -266,8 +265,8 @@ BCE_INLINE Pair<typename Lanes::Float> smoothed(Pair<typename Lanes::Float> c,
   return {sum.high, sum.low + (c.low + change_low)};
 }
 
-// c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is rounded before the other is
-// formed. A logit of -0 counts as negative, for the sign of its gradient.
+// c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is computed from the other's
+// rounded value. A logit of -0 counts as negative, for the sign of its gradient.
 template <class Lanes, bool kCommon>
 BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logit,
                                                       typename Lanes::Float label,
@@ -303,15 +302,15 @@ BCE_INLINE Coefficients<typename Lanes::Float> coefficients_of(typename Lanes::F
   const Pair<Float> y = smoothed<Lanes>({label, zero}, smoothing, to_half);
   const Pair<Float> p = product_of<Lanes>(y, pos_weight);
   const Pair<Float> sum = two_sum(n.high, p.high);
-  // Of q = 1, exactly what there is without q.
+  // For q = 1, exactly the value without q.
   const auto plain = pos_weight == one;
   return {
       {Lanes::select(negative, p.high, n.high), Lanes::select(negative, p.low, n.low)},
       {Lanes::select(plain, one, sum.high), Lanes::select(plain, zero, sum.low + (n.low + p.low))}};
 }
 
-// kPositive: with a pos_weight, q. Whoever promises kCommon takes q into the element's weight, as
-// `weight_of` does.
+// kPositive: there is a pos_weight, q. With kCommon, the caller includes q in the element's weight,
+// as `weight_of` does.
 template <class Lanes, bool kCommon = false, bool kPositive = false>
 BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
                                                typename Lanes::Float label,
@@ -345,13 +344,13 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
     } else {
       c = coefficient_of<Lanes, false>(logit, label, smoothing);
     }
-    // A coefficient 0 wins over an infinite logit.
+    // 0 times an infinite logit is 0 here.
     const Float bounded = Lanes::select(c.high == zero, zero, a);
     const Float linear = bounded * c.high;
     const Float linear_low = Lanes::fma(bounded, c.low, Lanes::fma(bounded, c.high, -linear));
     const Pair<Float> sum = two_sum(linear, logarithm.high * scale);
     const Float low = sum.low + Lanes::fma(logarithm.low, scale, linear_low);
-    // What the sum lost of an infinite loss is not a number.
+    // The rounding error of an infinite loss would be NaN.
     const auto finite = magnitude_of<Lanes>(sum.high) < Lanes::set(F::kInfinity);
     return {sum.high, Lanes::select(finite, low, zero)};
   }
@@ -368,7 +367,7 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
   const Float e = exponential.e, e_low = exponential.e_low, scale = exponential.scale;
 
   // sigmoid(-|x|) = q = e / (1 + e), and sigmoid(|x|) = 1 / (1 + e) = 1 - q. As e / 2 <= q <= e,
-  // the difference e - q is exact, and so is what the division left over, e - q - q e.
+  // the difference e - q is exact, and so is the remainder of the division, e - q - q e.
   const Float q = Lanes::divide(e, one + e);
   const Float q_complement = one - q;
   const Float q_remainder = Lanes::fma(-q, e, e - q);
@@ -395,8 +394,9 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
           Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
 }
 
-// An element's weight, and the q that is left for its formulas. Of labels 0 and 1, q is a factor:
-// taken into the weight, it leaves them the arithmetic, and the accuracy, that they have without.
+// An element's weight, and the q that remains for its formulas. For labels 0 and 1, q is just a
+// factor: included in the weight, it changes neither the arithmetic of the formulas nor their
+// accuracy.
 template <class Float>
 struct Weight {
   Pair<Float> weight;
@@ -418,7 +418,7 @@ BCE_INLINE Weight<typename Lanes::Float> weight_of(Pair<typename Lanes::Float> w
   return {{high, low}, Lanes::select(exact == one, one, rest)};
 }
 
-// What was lost of an infinite number is not a number: 0 instead.
+// The pair with a low part of 0 if the number is infinite: its rounding error would be NaN.
 template <class Lanes>
 BCE_INLINE Pair<typename Lanes::Float> finite_low(Pair<typename Lanes::Float> pair) {
   const auto infinity = Lanes::set(Format<typename Lanes::Scalar>::kInfinity);
@@ -435,8 +435,8 @@ BCE_INLINE Float high_of(Pair<Float> pair) {
   return pair.high;
 }
 
-// An element's loss times its weight, a number or a pair; a weight of 0 wins over an infinite loss,
-// which no common element has.
+// An element's loss times its weight, a number or a pair. A weight of 0 times an infinite loss is
+// 0; no common element has an infinite loss.
 template <class Lanes, bool kCommon = false, class Factor>
 BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> value, Factor weight) {
   using Float = typename Lanes::Float;
@@ -449,9 +449,8 @@ BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> valu
   return finite_low<Lanes>(product_of<Lanes>(value, weight));
 }
 
-// The same for a logit of a 16-bit type within Format::kCommon of 0, in half of the operations: a
-// gradient that is rounded to 16 bits needs no pair. The loss, which may be added up, still has
-// one.
+// The same for a 16-bit logit within Format::kCommon of 0, with half of the operations: a gradient
+// that is rounded to 16 bits needs no pair. The loss, which may be summed, is still a pair.
 template <class Lanes>
 struct Narrow {
   typename Lanes::Float e;
@@ -465,7 +464,7 @@ BCE_INLINE Narrow<Lanes> narrow_of(typename Lanes::Float logit) {
   const FactoredExponential<Lanes> f = factored_exp_of<Lanes, true, true>(logit);
   const Float e = Lanes::fma(f.s, f.power, f.power);
 
-  // As in loss_of. The remainder is that of the number that e was rounded from.
+  // As in loss_of. The remainder is relative to the unrounded value of e.
   const Float two = Lanes::set(2), reciprocal = Lanes::reciprocal(two + e), w = e * reciprocal;
   const Float remainder = Lanes::fma(-w, e, Lanes::fma(f.s, f.power, Lanes::fma(w, -two, f.power)));
   const Float w2 = w * w;
@@ -473,8 +472,8 @@ BCE_INLINE Narrow<Lanes> narrow_of(typename Lanes::Float logit) {
   return {e, {w, Lanes::fma(w * w2, tail, remainder * reciprocal)}};
 }
 
-// gradient / divisor, to a relative 2^-21, for a label of 0. One of 1 turns the sign of the logit
-// before, and of the gradient after.
+// gradient / divisor, to a relative 2^-21, for a label of 0. For a label of 1, the caller flips the
+// signs of the logit before and of the gradient after.
 template <class Lanes>
 BCE_INLINE typename Lanes::Float hard_gradient_of(typename Lanes::Float logit,
                                                   typename Lanes::Float e,
@@ -483,7 +482,7 @@ BCE_INLINE typename Lanes::Float hard_gradient_of(typename Lanes::Float logit,
   return numerator * Lanes::reciprocal(Lanes::fma(e, divisor, divisor));
 }
 
-// For a label from 0 to 1: c, where Wide says how exactly, and gradient / divisor, to 2^-21 of the
+// For a label from 0 to 1: c, in the precision of Wide, and gradient / divisor, to 2^-21 of the
 // larger of its two terms.
 template <class Wide, class Scalar>
 BCE_INLINE Wide soft_coefficient_of(Scalar logit, Scalar label, Scalar smoothing) {

@@ -1,5 +1,5 @@
-// What a kernel is asked to compute, in plain C++: shared by the CPU and the CUDA loop, which know
-// nothing of XLA, and by the FFI handlers, which fill it in.
+// Describes what a kernel computes, in plain C++. Shared by the CPU and CUDA loops, which do not
+// depend on XLA, and by the FFI handlers, which fill it in.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@
 
 namespace jax_bce {
 
-// The order of a row's sum: the same on every platform, so that all of them give the same bits.
-//     A group of 1024 elements is added up by 32 threads: thread t takes, for k = 0, ..., 7 and in
-//     this order, the four elements 256 (t / 8) + 32 k + 4 (t % 8) + c, c = 0, ..., 3, each c into
-//     a lane of its own; then its lanes as (0 + 2) + (1 + 3).
-//     Threads are folded by halves: t and t + 16, then t + 8, t + 4, t + 2, t + 1.
-//     A block is 8 groups, added in order.
-//     The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
-//     this order. Each 32 threads are folded by halves, and the 8 sums added in order.
-// All in float64. But of the pair that is an element's loss, the low parts of a lane are added in
-// the arithmetic's type first: they are small enough. (A GPU has another arithmetic for 16-bit
-// logits, so of those only the order is the same.)
+// The order of a row's sum is the same on every platform, so that all of them give the same bits:
+//   - A group of 1024 elements is added up by 32 threads. For k = 0, ..., 7, in this order,
+//     thread t takes the four elements 256 (t / 8) + 32 k + 4 (t % 8) + c, c = 0, ..., 3, and adds
+//     each c to its own lane; then it adds its lanes as (0 + 2) + (1 + 3).
+//   - Threads are folded by halves: t and t + 16, then t + 8, t + 4, t + 2, t + 1.
+//   - A block is 8 groups, added in order.
+//   - The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
+//     this order. Each 32 threads are folded by halves, and the 8 sums are added in order.
+// All sums are in float64, except that a lane first adds the low parts of its losses, which are
+// pairs, in the arithmetic's type: they are small enough. (For 16-bit logits a GPU uses different
+// arithmetic, and only the order is the same.)
 constexpr int kQuad = 4, kFold = 32, kGroup = 1024, kGroupsInBlock = 8;
 constexpr int64_t kBlock = kGroupsInBlock * kGroup;
 
@@ -33,10 +33,10 @@ struct Operand {
   int64_t strides[kMaxRank];
 };
 
-// An operand of its own shape, which is broadcast to the results': element i of a result, in the
-// order they are stored in, has it at offset(i). The last dimension's stride is 0 or 1.
+// An operand with its own shape, which is broadcast to the shape of the results. The value for
+// element i of a result, in storage order, is at offset(i). The last dimension's stride is 0 or 1.
 struct Modifier {
-  const void* data = nullptr;  // null: there is none
+  const void* data = nullptr;  // null: not given
   Type type = Type::kF32;
   int rank = 0;
   int64_t shape[kMaxRank] = {}, strides[kMaxRank] = {};
@@ -51,11 +51,11 @@ struct Modifier {
   }
 };
 
-// In the order in which they follow the other operands; each is a bit of the attribute "modifiers".
+// In the order in which they follow the other operands. Each is a bit of the attribute "modifiers".
 enum ModifierName { kWeight, kSampleWeight, kPosWeight, kWhere, kIgnoreLabel, kModifiers };
 
 struct Result {
-  void* data = nullptr;  // null: not asked for
+  void* data = nullptr;  // null: not requested
   Type type = Type::kF32;
 };
 
@@ -64,8 +64,8 @@ struct RowStart {
   int64_t logits, labels, scale, smoothing, divisor, divisor_low;
 };
 
-// What results are multiplied by: scale / count / divisor. Where that is beyond the exponents that
-// a Scalar has to spare, weights are multiplied by `power`, and the rest is what is left.
+// The factor of the results: scale / count / divisor. If it exceeds the safe range of a Scalar's
+// exponent, weights are multiplied by `power`, and `rest` is the remaining factor.
 template <class Scalar>
 struct Factor {
   static constexpr double kPower = sizeof(Scalar) == 4 ? 0x1p100 : 0x1p900;
@@ -85,29 +85,29 @@ struct Factor {
     rest = static_cast<Scalar>(ratio);
   }
 
-  // Results are 0 then, whatever the elements are.
+  // If so, the results are 0, whatever the elements are.
   BCE_INLINE bool is_zero() const { return scale == 0 || divisor == 0; }
-  // A sum of elements with such weights, as a result.
+  // The result for a sum of elements whose weights include `power`.
   BCE_INLINE double times(double sum) const { return is_zero() ? 0 : sum * scale / divisor; }
 };
 
-// loss = scale / count / divisor * (element, or the sum of a row of elements), gradient likewise.
-// The dimensions are as few as the operands' strides allow. The last one holds a row: contiguous
-// or broadcast in every operand, and summed into one loss if `reduce`.
+// loss = scale / count / divisor * (element, or the sum of a row of elements), and the same for the
+// gradient. There are as few dimensions as the operands' strides allow. The last one is a row:
+// contiguous or broadcast in every operand, and summed into one loss if `reduce`.
 // scale, smoothing and divisor have the arithmetic's type: float64 for float64 logits, float32
-// otherwise. smoothing draws a label to 1/2. The divisor comes with what its rounding lost, or is
-// not there, which is 1. Where scale or divisor is 0, so are the results, whatever the element is.
-// weight and sample_weight multiply an element's results, pos_weight its label in the formulas'
-// y term. An element does not exist, and its results are 0, where `where` is false or its label, as
-// stored, is ignore_label, which has the labels' type.
-// If `total`, the weights of the elements that exist stand in the place of their losses.
+// otherwise. smoothing moves a label towards 1/2. The divisor comes with its rounding error;
+// without a divisor it is 1. If scale or divisor is 0, the results are 0, whatever the element is.
+// weight and sample_weight multiply an element's results; pos_weight multiplies its label in the y
+// term of the formulas. An element is masked, and its results are 0, if `where` is false or if its
+// label, as stored, is ignore_label, which has the labels' type.
+// If `total`, losses are replaced by the weights of the elements that are not masked.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
   Operand logits, labels, scale, smoothing, divisor, divisor_low;
   bool total = false;
   Modifier modifiers[kModifiers];
-  bool modified;  // there is one
+  bool modified;  // whether there are modifiers
   Result loss, gradient;
   bool reduce;
   double inverse_count;
@@ -130,7 +130,7 @@ struct Problem {
     return start;
   }
 
-  // Of an element of a row.
+  // The factor of an element of a row.
   template <class Scalar>
   BCE_INLINE Factor<Scalar> factor_at(const RowStart& start, int64_t column) const {
     const auto number = [&](const Operand& operand, int64_t first, double absent) {

@@ -1,19 +1,18 @@
-// What the handlers of every platform share: their signature, the checks that turn XLA's buffers
-// into a Problem, and what their Python modules offer. JAX has validated the call already; these
-// checks keep a call from elsewhere from reading past a buffer.
+// The common parts of the handlers for all platforms: their signature, the checks that turn XLA's
+// buffers into a Problem, and the functions of their Python modules. Python has validated a call
+// already; these checks keep calls from elsewhere from reading past a buffer.
 //
 // Four targets, one signature:
 //     jax_bce_v1_loss            (logits, labels, scale, smoothing) -> loss
 //     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
 //     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
-// More operands may follow: those of bce_problem.h's ModifierName that "modifiers" has bits for,
-// and, with the next two bits, a divisor and what its rounding lost.
-// On "CUDA", a last result may follow: room for the sums of blocks, where a row has several.
-// The operands have one rank and are broadcast against each other (dimensions of size 1), and a
-// scalar against all of them; the gradient has their common shape. `reduced_rank` trailing
-// dimensions are summed into the loss, which has the arithmetic's type, or float64 where the caller
-// adds up further.
+// More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
+// "modifiers", and, with the next two bits, a divisor and its rounding error. On "CUDA", one more
+// result may follow: a workspace for the sums of blocks, if a row has several. The operands have
+// the same rank and are broadcast against each other (dimensions of size 1); scalars are broadcast,
+// too. The gradient has their common shape. `reduced_rank` trailing dimensions are summed into the
+// loss, which has the arithmetic's type, or float64 if the caller adds up further.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -68,7 +67,8 @@ inline ffi::Error invalid(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_bce: " + what);
 }
 
-// What ended a handler: no exception leaves one. The message is short enough to need no memory.
+// The error for an exception: none may leave a handler. The message is short enough not to
+// allocate.
 inline ffi::Error failed(const std::exception& error) {
   if (dynamic_cast<const std::bad_alloc*>(&error))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
@@ -78,7 +78,7 @@ inline ffi::Error failed(const std::exception& error) {
 constexpr int kOperands = 4;
 constexpr int kDivisor = kOperands, kBroadcast = kOperands + 2;  // with both parts of a divisor
 
-// The dimensions of a modifier, as few as its strides allow, against those of the results.
+// Broadcasts a modifier to the shape of the results, in as few dimensions as its strides allow.
 inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64_t* shape,
                          Modifier* modifier) {
   const auto own = buffer.dimensions();
@@ -110,8 +110,7 @@ inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64
   return true;
 }
 
-// Describes the call, or says what is wrong with it. Results behind loss and gradient are left
-// alone.
+// Describes the call, or says what is wrong with it. Ignores results after loss and gradient.
 inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::RemainingArgs more,
                            ffi::RemainingRets results, bool loss, bool gradient, int64_t modifiers,
                            int64_t reduced_rank, int64_t count, Problem* problem) {
@@ -138,7 +137,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (operands[i]->type != arithmetic)
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
 
-  // The modifiers' shapes have a say, too.
+  // The modifiers' shapes count, too.
   std::vector<ffi::AnyBuffer> all(std::begin(buffers), std::end(buffers));
   for (size_t i = 0; i < more.size(); ++i) {
     auto buffer = more.get<ffi::AnyBuffer>(i);
@@ -172,8 +171,8 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     for (int64_t d = 0; d < rank && buffer.dimensions().size() > 0; ++d)
       if (full[d] == 1) full[d] = buffer.dimensions()[d];
 
-  // From the last dimension to the first; adjacent ones that every operand steps through alike
-  // become one. Dimension 0 here is the row: what is reduced, if anything is.
+  // From the last dimension to the first, merge adjacent dimensions if every operand allows it.
+  // Dimension 0 here is the row, which is reduced, if anything is.
   int merged = 1, last = 0;
   int64_t shape[kMaxRank] = {1}, strides[kBroadcast][kMaxRank] = {};
   int64_t elements = 1, next_stride[kBroadcast] = {1, 1, 1, 1, 1, 1};
@@ -202,7 +201,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       for (int i = 0; i < kBroadcast; ++i) strides[i][last] = stride[i];
     shape[last] *= size;
   }
-  // A row of one element: what follows it is the next row.
+  // If rows have one element, the next element is in the next row.
   if (shape[0] == 1 && merged > 1)
     for (int i = 0; i < 2; ++i) strides[i][0] = strides[i][1] == 1;
   problem->rank = merged;
@@ -255,10 +254,10 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   return ffi::Error::Success();
 }
 
-// An array as JAX knows it when it lowers a call: its dtype by name, and its shape.
+// An array as known when JAX lowers a call: the name of its dtype, and its shape.
 using Array = std::pair<std::string, std::vector<int64_t>>;
 
-// What the handler of any platform would have against a call, or nothing.
+// The error that the handler of any platform would return for a call, or "".
 inline std::string refusal(std::vector<Array> operands, std::vector<Array> results, bool loss,
                            bool gradient, int64_t modifiers, int64_t reduced_rank, int64_t count) {
   const auto buffers = [](std::vector<Array>& arrays) {

@@ -1,5 +1,5 @@
-// The handlers for platform "cpu": a call becomes tasks on XLA's own thread pool. And the Python
-// module _cpu, which offers them for registration.
+// The handlers for platform "cpu", which run a call as tasks on XLA's own thread pool, and the
+// Python module _cpu, which returns them for registration.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -16,8 +16,8 @@
 namespace jax_bce {
 namespace {
 
-// The fastest kernel this processor runs, or the one the environment variable JAX_BCE_CPU names;
-// null where there is none.
+// The fastest kernel for this processor, or the one that the environment variable JAX_BCE_CPU
+// names; null if there is none.
 const CpuKernel* choose_kernel() {
   const char* wanted = std::getenv("JAX_BCE_CPU");
   const auto allowed = [&](const CpuKernel& kernel) {
@@ -40,9 +40,9 @@ const CpuKernel* choose_kernel() {
 
 const CpuKernel* const kernel = choose_kernel();
 
-// A large result usually lies in memory that the allocator has just mapped: filling it takes a
-// fault a page. With huge pages there are 512 times fewer; where they are not to be had, nothing
-// happens.
+// A large result is usually in memory that the allocator has just mapped, and writing it causes one
+// fault per page. Huge pages reduce the faults by a factor of 512. If they are not available,
+// nothing happens.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -71,7 +71,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
   const int64_t rows = problem.rows(), columns = problem.columns();
   const int64_t blocks = std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
   std::vector<double> sums(problem.reduce && blocks > 1 ? rows * blocks : 0);
-  // A task is one block of a long row, or as many short rows as make up about a block.
+  // A task is one block of a long row, or several short rows with about as many elements as a
+  // block.
   const int64_t rows_in_task = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, columns));
   const int64_t tasks = blocks > 1 ? rows * blocks : (rows + rows_in_task - 1) / rows_in_task;
   const auto run_task = [&](int64_t task) {
@@ -85,7 +86,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
       kernel->rows(problem, first, std::min(rows, first + rows_in_task));
     }
   };
-  // Handing work to another thread costs as much as a few blocks.
+  // Passing work to another thread takes as long as a few blocks.
   constexpr int64_t kSerialTasks = 2;
   if (tasks <= kSerialTasks) {
     for (int64_t task = 0; task < tasks; ++task) run_task(task);

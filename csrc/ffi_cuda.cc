@@ -1,9 +1,9 @@
-// The handlers for platform "CUDA": a call becomes kernels on XLA's stream. And the Python module
-// _cuda, which offers them for registration. Compiled by the host's compiler; nvcc sees neither XLA
-// nor Python.
+// The handlers for platform "CUDA", which launch a call's kernels on XLA's stream, and the Python
+// module _cuda, which returns them for registration. Compiled by the host compiler; nvcc sees
+// neither XLA nor Python.
 //
-// A handler enqueues and returns: it allocates nothing, waits for nothing and asks the device for
-// nothing, so XLA may capture it into a CUDA graph.
+// A handler enqueues and returns. It does not allocate, wait or query the device, so that XLA may
+// capture it into a CUDA graph.
 #include <exception>
 
 #include "bce_cuda.h"
@@ -24,7 +24,8 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
     return error;
   problem.total = kTotal;
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
-  // Where sizes were not known when the program was made, there may be more room than is needed.
+  // The workspace may be larger than needed if the sizes were unknown when the program was
+  // compiled.
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
   int64_t room = 0;

@@ -1,4 +1,4 @@
-// A loop over tasks on a thread pool, XLA's or another with its two functions.
+// A loop over tasks on a thread pool: XLA's, or another one with the same two functions.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,10 @@
 
 namespace jax_bce {
 
-// Runs f(0), ..., f(count - 1) on the pool and the calling thread; f does not throw. The caller
-// takes part and never waits for a helper that has not begun: a pool whose threads are all such
-// callers cannot deadlock. A helper that begins late finds no work and touches nothing but the
-// shared state. Throws only if there is no memory for that state, before anything has begun.
+// Runs f(0), ..., f(count - 1) on the pool and the calling thread; f must not throw. The caller
+// takes part and never waits for a helper that has not started, so a pool whose threads are all
+// such callers cannot deadlock. A helper that starts late finds no work and accesses only the
+// shared state. Throws only if there is no memory for that state, before any work starts.
 template <class Pool, class F>
 void parallel_for(Pool& pool, int64_t count, const F& f) {
   struct State {
@@ -35,10 +35,11 @@ void parallel_for(Pool& pool, int64_t count, const F& f) {
     const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
   } catch (...) {
-    // No memory for another helper. Those that there are use this frame: it must not be left.
+    // No memory for another helper. Do not rethrow: the existing helpers use this stack frame.
   }
   work();
-  // A helper still at work will be done within a block: sooner than this thread would wake up.
+  // A helper that is still working finishes within one block: sooner than this thread would wake
+  // up.
   for (int i = 0; i < 1000 && state->done < count; ++i) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == count; });

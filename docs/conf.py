@@ -1,4 +1,4 @@
-"""Sphinx's settings for the documentation site: `make docs`."""
+"""Sphinx settings for the documentation site: `make docs`."""
 
 import os
 from importlib.metadata import version as installed
@@ -8,7 +8,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
-os.environ["KERAS_BACKEND"] = "jax"  # for jax_bce.keras, whose docstrings are read
+os.environ["KERAS_BACKEND"] = "jax"  # needed to import jax_bce.keras for its docstrings
 
 project = "jax_bce"
 author = copyright = "the jax_bce developers"
@@ -20,12 +20,12 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-myst_heading_anchors = 3  # links of pages to each other's headings
+myst_heading_anchors = 3  # lets pages link to each other's headings
 
 autodoc_typehints = "none"  # the docstrings say what an argument may be
 autodoc_member_order = "bysource"
-highlight_language = "none"  # of a block that names no language
-default_role = "py:obj"  # of `loss` in a docstring
+highlight_language = "none"  # for blocks that name no language
+default_role = "py:obj"  # for `loss` in a docstring
 napoleon_custom_sections = ["Derivatives", "Several devices", "Source", "State"]
 napoleon_numpy_docstring = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -50,5 +50,5 @@ def _formula(translator: nodes.NodeVisitor, node: nodes.Node) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Formulas as MathML: browsers show it by themselves, also offline."""
+    """Renders formulas as MathML, which browsers display without scripts, also offline."""
     app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))

@@ -1,7 +1,8 @@
-"""Saves a picture for light pages, and one for dark pages, with a description of what they show.
+"""Saves a picture for light pages and one for dark pages, with a description of what they show.
 
-The description says whether a saved picture is still current. A time that was measured for the
-picture is different in every run: give what shows it the gid MEASURED, and only its name counts.
+The tests compare the description with a new drawing to see whether a saved picture is still
+current. Measured times differ in every run: set the gid of artists that show them to MEASURED, and
+only their names are compared.
 """
 
 import json
@@ -18,12 +19,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MEASURED = "measured"
-# Narrow, with large letters: to be read on a phone as well.
+# Narrow, with a large font, to be readable on a phone.
 WIDTH = 5.2
 
 Colors = dict[str, str]
 
-# The two backgrounds, and colors on them that stay apart for colour-blind readers.
+# Colors on the two backgrounds that color-blind readers can tell apart.
 _COLORS = {
     "light": {
         "page": "#FFFFFF",
@@ -76,7 +77,7 @@ def _style(colors: Colors) -> dict[str, object]:
 
 
 def describe(figure: Figure) -> dict:
-    """What is written in each panel, the curves in it by name, and what was measured for it."""
+    """The texts, the named curves and the measured bars of each panel."""
     panels = []
     for axis in figure.axes:
         legend = axis.get_legend()
@@ -86,7 +87,7 @@ def describe(figure: Figure) -> dict:
         curves = {
             line.get_label(): [float(f"{value:.4g}") for value in np.asarray(line.get_ydata())]
             for line in axis.lines
-            if not line.get_label().startswith("_")  # matplotlib's own, of a curve without a name
+            if not line.get_label().startswith("_")  # matplotlib's label for a curve without a name
         }
         bars = {bar.get_label(): bar.get_width() for bar in axis.patches if _is_measured(bar)}
         panels.append({"words": words, "curves": curves, MEASURED: bars})
@@ -98,12 +99,14 @@ def _is_measured(artist: Artist) -> bool:
 
 
 def add_options(parser: ArgumentParser, name: str) -> None:
-    parser.add_argument("--plot", type=Path, default=Path(name), help=f"the picture ({name})")
-    parser.add_argument("--dark", type=Path, help="the same picture, for dark pages")
+    parser.add_argument(
+        "--plot", type=Path, default=Path(name), help=f"file for the picture (default: {name})"
+    )
+    parser.add_argument("--dark", type=Path, help="file for the same picture for dark pages")
 
 
 def save(draw: Callable[[Colors], Figure], light: Path, dark: Path | None) -> None:
-    """Draws and saves the picture in the colors of each page that is asked for."""
+    """Draws and saves the picture in the colors of each requested page."""
     for path, colors in ((light, _COLORS["light"]), (dark, _COLORS["dark"])):
         if path is None:
             continue

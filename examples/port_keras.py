@@ -2,10 +2,10 @@
 
     python examples/port_keras.py
 
-One handwritten digit in ten is an 8, so that `class_weight` counts an 8 nine times. The pixels are
-raw, 0 to 255, and the first probabilities next to 0 or 1; Keras clips those on JAX, their gradient
-is 0, and nothing is learned. The port takes the sigmoid out of the model and names the loss that
-reads logits: it trains, and its curve is that of Keras's own loss on logits.
+One handwritten digit in ten is an 8, so `class_weight` counts an 8 nine times. The pixels are raw,
+0 to 255, and the first probabilities are close to 0 or 1. On JAX, Keras clips these, their gradient
+is 0, and the model learns nothing. The port removes the sigmoid from the model and uses a loss on
+logits. It trains, with the same curve as Keras's own loss on logits.
 
     layers.Dense(1, activation="sigmoid")                             # before
     model.compile(optimizer, loss="binary_crossentropy")
@@ -13,8 +13,8 @@ reads logits: it trains, and its curve is that of Keras's own loss on logits.
     layers.Dense(1)                                                   # after
     model.compile(optimizer, loss=jax_bce.keras.BinaryCrossentropy(from_logits=True))
 
-`fit`, `class_weight`, the optimizer and the weights stay. What the model predicts are logits then:
-`> 0.5` becomes `> 0`, and a probability is their sigmoid.
+`fit`, `class_weight`, the optimizer and the weights stay the same. The model now predicts logits:
+`> 0.5` becomes `> 0`, and the sigmoid of a logit is the probability.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def train(
     is_8: np.ndarray,
     epochs: int,
 ) -> tuple[list[float], float]:
-    """The loss of each epoch, as Keras reports it, and the balanced accuracy after the last."""
+    """The loss of each epoch as Keras reports it, and the final balanced accuracy."""
     keras.utils.set_random_seed(0)
     layers = keras.layers
     model = keras.Sequential(
@@ -60,7 +60,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Keras with class weights, and jax_bce")
+    parser = argparse.ArgumentParser(description="train with class weights: Keras and jax_bce")
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
 

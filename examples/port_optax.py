@@ -1,11 +1,12 @@
-"""A training script with unanswered questions, ported from optax to jax_bce.
+"""A training script with missing labels, ported from optax to jax_bce.
 
     python examples/port_optax.py
 
-Four yes-or-no questions about each of 1,797 handwritten digits; a third of the answers is unknown,
-and NaN in the table. The script multiplied the losses by a mask: 0 times NaN is NaN, and nothing is
-learned. Repaired by hand, it cleans the labels before the loss and the losses behind it. With
-jax_bce it names the mask, and gets the numbers of the repair.
+The data are answers to four yes-or-no questions about each of 1,797 handwritten digits. A third of
+the answers is unknown and stored as NaN. The original script multiplies the losses by a mask: 0
+times NaN is NaN, and the model learns nothing. Repaired by hand, the script replaces the unknown
+labels before the loss and masks the losses after it. With jax_bce it passes the mask to the loss,
+and gets the same numbers as the repaired script.
 
     losses = optax.sigmoid_binary_cross_entropy(logits, answers)      # before
     return jnp.sum(losses * known) / jnp.sum(known)
@@ -73,7 +74,7 @@ def train(loss: Loss, pixels: jax.Array, answers: jax.Array, epochs: int) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="optax with a mask, and jax_bce")
+    parser = argparse.ArgumentParser(description="train with a mask: optax and jax_bce")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
 

@@ -1,11 +1,11 @@
 """A PyTorch script with pos_weight, ported to JAX and jax_bce.
 
-    python examples/port_torch.py    # with `pip install torch`; without, jax_bce's curve alone
+    python examples/port_torch.py    # without PyTorch, it trains with jax_bce only
 
-One handwritten digit in ten is an 8, so that pos_weight counts an 8 nine times. The same network
-with the same initial weights is trained in both by full-batch SGD. `pos_weight` keeps its name, its
-shape and its meaning, and the mean its denominator: the curves agree. Where the loss is all but 0,
-they need not: PyTorch's gradient at logit 20, label 1 is 0 instead of -2.06e-09.
+One handwritten digit in ten is an 8, so `pos_weight` counts an 8 nine times. Both versions train
+the same network with the same initial weights, by full-batch SGD. `pos_weight` keeps its name,
+shape and meaning, and the mean has the same denominator, so the curves agree. They can differ where
+the loss is almost 0: at logit 20, label 1, PyTorch's gradient is 0 instead of -2.06e-09.
 
     loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(9.0))(model(pixels)[:, 0], is_8)    # before
     loss = jax_bce.loss(model(weights, pixels)[:, 0], is_8, pos_weight=9.0)                 # after
@@ -71,7 +71,7 @@ def train_jax(pixels: np.ndarray, is_8: np.ndarray, epochs: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PyTorch with pos_weight, and jax_bce")
+    parser = argparse.ArgumentParser(description="train with pos_weight: PyTorch and jax_bce")
     parser.add_argument("--epochs", type=int, default=100)
     options = parser.parse_args()
 
@@ -90,7 +90,7 @@ def main() -> None:
         difference = np.max(abs(np.array(curves["jax_bce"]) / curves["PyTorch"] - 1))
         print(f"largest relative difference between PyTorch and jax_bce: {difference:.1e}")
     else:
-        print("PyTorch is not installed, so its curve is missing: pip install torch")
+        print("PyTorch is not installed, so its curve is missing (pip install torch)")
 
 
 if __name__ == "__main__":

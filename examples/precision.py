@@ -1,16 +1,18 @@
-"""The floor: how small a loss, and how small a gradient, can each implementation report?
+"""Shows how small a loss, and how small a gradient, each implementation can report.
 
     python examples/precision.py
 
-A classifier that is right by a margin a has the data {(-a, 0), (a, 1)}. Both losses are
-log(1 + exp(-a)), both gradients have the magnitude 1 / (1 + exp(a)): they go on falling for ever.
-From probabilities (Keras 3 on JAX) the loss stops at a floor near 1.2e-7 and the gradient is 0 from
-a = 17. PyTorch's loss for label 0 is 0 from a = 15, its gradient for label 1 from a = 17. optax and
-XLA go on to a = 87, where float32 turns subnormal; jax_bce to a = 103, where float32 ends.
+A classifier that is right by a margin a has the (logit, label) pairs (-a, 0) and (a, 1). Both
+losses are log(1 + exp(-a)), and both gradients have the magnitude 1 / (1 + exp(a)): they decrease
+for ever. From probabilities (Keras 3 on JAX), the loss stops at a floor near 1.2e-7, and the
+gradient is 0 from a = 17 on. PyTorch's loss for label 0 is 0 from a = 15 on, and its gradient for
+label 1 from a = 17 on. optax and XLA continue to a = 87, where float32 becomes subnormal; jax_bce
+to a = 103, where float32 ends.
 
-Every implementation gets float32; shown is the smaller of the two losses, and of the two gradients.
+Every implementation gets float32. The smaller of the two losses and the smaller of the two
+gradients are shown.
 
-Prints both as tables, then six elements far out and at infinity, and saves a plot.
+Prints both as tables, then six extreme and infinite elements, and saves a plot.
 """
 
 import argparse
@@ -39,10 +41,10 @@ Elements = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def of_jax(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Elements:
-    """`loss` maps arrays of logits and labels to the element losses."""
+    """`loss` maps arrays of logits and labels to the losses of the elements."""
 
     def elements(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Compiled, as in training: step by step, XLA would flush subnormal numbers on the way.
+        # Compiled, as in training: eagerly, XLA would flush subnormal intermediate results.
         gradient = jax.jit(jax.grad(lambda x, y: jnp.sum(loss(x, y))))
         return np.asarray(jax.jit(loss)(logits, labels)), np.asarray(gradient(logits, labels))
 
@@ -81,12 +83,12 @@ def peers(console: Console) -> dict[str, Elements]:
         if find_spec(package):
             found[name] = elements
         else:
-            console.print(f"{name} is not installed, so it is left out: pip install {package}")
+            console.print(f"{name} is not installed and is left out (pip install {package})")
     return found
 
 
 def measure(elements: Elements, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At each margin the smaller of the two losses, and of the two gradients' magnitudes."""
+    """The smaller of the two losses and of the two gradients' magnitudes, at each margin."""
     a = margins.astype(np.float32)
     loss_0, gradient_0 = elements(-a, np.zeros_like(a))
     loss_1, gradient_1 = elements(a, np.ones_like(a))
@@ -104,7 +106,7 @@ def table_of(title: str, margins: list[int], rows: dict[str, np.ndarray]) -> Tab
     return table
 
 
-# Where they differ: a logit, its label, and what is asked there.
+# Where implementations differ: a logit, its label, and the result to show.
 CASES = [
     (-20.0, 0, "loss"),
     (20.0, 1, "gradient"),
@@ -145,7 +147,7 @@ def draw_floors(
     lines: dict[str, dict],
     colors: Colors,
 ) -> None:
-    """Each curve as far as it goes, and a note where it ends."""
+    """Draws each curve up to where it becomes 0 or NaN, with a note there."""
     ends: dict[tuple[int, str], list[str]] = {}
     for name, values in curves.items():
         shown = np.where(values > 0, values, np.nan)
@@ -158,7 +160,7 @@ def draw_floors(
             note = f"{name}: never below {values[-1]:.2g}"
             place = {"xytext": (0, -6), "textcoords": "offset points", "ha": "right", "va": "top"}
             axis.annotate(note, (margins[-1], values[-1]), color=colors[name], **place)
-    # Notes on the first ends stand right of them, one above the other; on the last ones, left.
+    # Notes at small margins are to the right, stacked; notes at large margins are to the left.
     early = sorted(end for end in ends if end[0] <= 40)
     for (first, becomes), names in ends.items():
         last = (margins[first - 1], curves[names[0]][first - 1])
@@ -189,7 +191,9 @@ def draw(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], colors: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How small a loss can each report?")
+    parser = argparse.ArgumentParser(
+        description="Show the smallest loss and gradient of each implementation."
+    )
     parser.add_argument("--max", type=int, default=110, help="the largest margin")
     add_options(parser, "precision.png")
     options = parser.parse_args()

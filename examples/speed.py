@@ -1,10 +1,10 @@
-"""How fast: the newest record of `make bench`, as the README's chart and as tables.
+"""Shows the newest record of `make bench` as the README's chart and as tables.
 
     python examples/speed.py                          # prints the tables and saves a chart
-    python examples/speed.py --pages README.md docs/benchmarks.md  # and replaces those of pages
+    python examples/speed.py --pages README.md docs/benchmarks.md  # also updates these pages
 
-Nothing is measured here: `make bench` writes benchmarks/results/cpu-DATE.jsonl, one line for each
-function, size and peer, and this shows the medians.
+This script measures nothing. `make bench` writes benchmarks/results/cpu-DATE.jsonl, with one line
+for each function, size and implementation; the script shows the medians.
 """
 
 import argparse
@@ -26,10 +26,10 @@ LINES = {
     "PyTorch": {"marker": "D", "linestyle": (0, (5, 1, 1, 1))},
 }
 COPY = "copy of the same bytes"
-# Of a page, what stands between `<!-- speed.py: NAME -->` and `<!-- end -->`.
+# The text of a page between `<!-- speed.py: NAME -->` and `<!-- end -->`.
 MARKED = re.compile(r"(<!-- speed\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# By the number of elements and the name: nanoseconds an element.
+# Nanoseconds per element, by number of elements and implementation.
 Times = dict[int, dict[str, float]]
 
 
@@ -45,10 +45,10 @@ def times(record: list[dict], case: str, memory: str) -> Times:
         if (line.get("case"), line.get("memory")) != (case, memory):
             continue
         row = found.setdefault(line["n"], {})
-        name, nanoseconds = line["contestant"], line["median_ns_per_element"]
+        name, nanoseconds = line["implementation"], line["median_ns_per_element"]
         if name in NAMES:
             row[NAMES[name]] = nanoseconds
-        elif name.startswith("copy"):  # with as many threads as are best
+        elif name.startswith("copy"):  # the best number of threads
             row[COPY] = min(nanoseconds, row.get(COPY, nanoseconds))
     return dict(sorted(found.items()))
 
@@ -72,7 +72,9 @@ def draw(record: list[dict], colors: Colors) -> Figure:
         style = {"color": colors[name], "label": name, "markersize": 5, "linewidth": 1.8}
         axis.plot(points.keys(), points.values(), **(style | line))
     axis.set_xscale("log", base=2)
-    axis.set(yscale="log", xlabel="elements in the batch, float32", ylabel="nanoseconds an element")
+    axis.set(
+        yscale="log", xlabel="elements in the batch, float32", ylabel="nanoseconds per element"
+    )
     ticks = [1, 3, 10, 30, 100, 300]
     axis.set_yticks(ticks, map(str, ticks))
     axis.minorticks_off()
@@ -86,7 +88,7 @@ def _power(n: int) -> str:
 
 
 def table(rows: Times, names: list[str], microseconds: bool = False) -> list[str]:
-    """Markdown: nanoseconds an element, or microseconds a call, and how many times as long."""
+    """A Markdown table: nanoseconds per element or microseconds per call, and ratios to jax_bce."""
     lines = [f"| n | {' | '.join(names)} |", "| ---: |" + " ---: |" * len(names)]
     for n, row in rows.items():
         cells = []
@@ -103,18 +105,20 @@ def table(rows: Times, names: list[str], microseconds: bool = False) -> list[str
 
 
 def ratios(rows: Times) -> str:
-    """In words, how many times as long as jax_bce each peer takes."""
+    """A sentence that says how many times as long as jax_bce each peer takes."""
     found = []
     for name in NAMES.values():
         times = [row[name] / row["jax_bce"] for row in rows.values() if name in row]
         if times and name != "jax_bce":
             found.append(f"{name} {min(times):.1f} to {max(times):.1f} times")
-    sizes = f"From {_power(min(rows))} to {_power(max(rows))} elements"
-    return f"{sizes}, loss and gradient take, compared with jax_bce: {', '.join(found)} as long."
+    *most, last = found
+    sizes = f"{_power(min(rows))} to {_power(max(rows))} elements"
+    peers = f"{', '.join(most)} and {last}"
+    return f"Computing loss and gradient for {sizes} takes {peers} as long as jax_bce."
 
 
 def texts(record: list[dict]) -> dict[str, str]:
-    """What the pages show, by name."""
+    """The texts and tables for the pages, by name."""
     peers = list(NAMES.values())
     both, value = "value_and_grad, mean", "value, mean"
     fresh = times(record, both, "fresh")
@@ -130,14 +134,14 @@ def texts(record: list[dict]) -> dict[str, str]:
 
 
 def update(page: Path, found: dict[str, str]) -> None:
-    """Puts each text between the page's marks of its name."""
+    """Replaces each marked text of the page."""
     page.write_text(
         MARKED.sub(lambda match: f"{match[1]}{found[match[2]]}\n{match[3]}", page.read_text())
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The newest record of make bench.")
+    parser = argparse.ArgumentParser(description="Show the newest record of make bench.")
     add_options(parser, "speed.png")
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages to update")
     options = parser.parse_args()

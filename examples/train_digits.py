@@ -1,20 +1,22 @@
-"""Five binary cross-entropies, one experiment: which of them trains?
+"""Compares five binary cross-entropies in one experiment: which of them train?
 
     python examples/train_digits.py                     # the handwritten digits of scikit-learn
     python examples/train_digits.py --data mnist.npz    # Keras's file of the real MNIST
 
-1,000 digits with raw pixels (0 to 255), the question "is it 5 or more?", a network of one hidden
-layer, full-batch SGD, the same initial weights. Raw pixels make the first logits large, and their
-probabilities round to 0 or 1 in float32. There the logarithm of a probability is infinite, a
-clipped one has no gradient, and training stops before it starts. A loss on logits trains, optax's
-and this one: an accuracy near 0.97, where the three on probabilities stay near 0.50.
+The data are 1,000 digits with raw pixels (0 to 255), and the question is "is it 5 or more?". A
+network with one hidden layer is trained by full-batch SGD from the same initial weights. Raw pixels
+make the first logits large, and their probabilities round to 0 or 1 in float32. There the logarithm
+of a probability is infinite, a clipped probability has no gradient, and training never starts.
+Losses on logits, optax's and this one, reach an accuracy near 0.97; the three losses on
+probabilities stay near 0.50.
 
-Two things tell those apart. The gradient of a right answer that is sure of itself is 0 from a logit
-of 17 on with probabilities, 88 with optax, 104 with jax_bce, where float32 ends. And a call for
-loss and gradient takes a fraction of the time, as measured here. (Of the steps of this training,
-the loss is a small part: most of their time goes into the network.)
+The losses on logits differ in two ways. The gradient of a confident correct prediction becomes 0
+from a logit of 17 on with probabilities, from 88 on with optax, and from 104 on with jax_bce, where
+float32 ends. And jax_bce computes loss and gradient in a fraction of optax's time, as measured
+here. (The loss is a small part of these training steps: the network takes most of their time.)
 
-Prints accuracy and loss by step, where gradients end and what a call takes, and saves a picture.
+Prints accuracy and loss by step, where gradients become 0 and the time per call, and saves a
+picture.
 """
 
 import argparse
@@ -47,7 +49,7 @@ import jax_bce
 Weights = list[tuple[jax.Array, jax.Array]]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Curves lie on each other: the later ones are thinner, or broken.
+# The curves overlap: later ones are thinner or dashed.
 LINES = {
     "naive": {"linewidth": 8},
     "clipped": {"linewidth": 5},
@@ -61,7 +63,7 @@ BATCHES = (1_000, 32_000, 1_000_000)
 
 @dataclass
 class Data:
-    """Pixels (n, width) from 0 to 255, and labels (n,) that say whether the digit is 5 or more."""
+    """Pixels (n, width) from 0 to 255, and labels (n,): whether the digit is 5 or more."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -145,7 +147,7 @@ def train(
 def train_keras(
     weights: Weights, data: Data, steps: int, rate: float, done: Callable[[], None]
 ) -> Curve:
-    """The same in Keras, as its documentation begins: a sigmoid layer and "binary_crossentropy"."""
+    """The same in Keras, as in its documentation: a sigmoid layer and "binary_crossentropy"."""
     import keras
 
     hidden = weights[0][0].shape[1]
@@ -172,7 +174,7 @@ def train_keras(
 
 def table_of(curves: dict[str, Curve]) -> Table:
     steps = len(next(iter(curves.values())).loss) - 1
-    table = Table(title="training accuracy and mean loss, as each loss function reports it")
+    table = Table(title="training accuracy and mean loss, as reported by each loss function")
     table.add_column("step", justify="right")
     for name in curves:
         table.add_column(name, justify="right")
@@ -183,19 +185,19 @@ def table_of(curves: dict[str, Curve]) -> Table:
 
 
 def gradients_of(loss: Loss) -> np.ndarray:
-    """The magnitude of the gradient of a right answer, for each margin."""
+    """The magnitude of the gradient of a correct prediction, for each margin."""
     one_by_one = jax.vmap(lambda logit, label: loss(logit[None], label[None]))
     return measure(of_jax(one_by_one), MARGINS)[1]
 
 
 def times_of(losses: dict[str, Loss], batch: int, seconds: float = 0.5) -> dict[str, float]:
-    """Seconds that a compiled call for the mean and its gradient takes: medians of turns."""
+    """The median time of a compiled call for the mean and its gradient, in seconds."""
     random = np.random.default_rng(0)
     logits = jnp.asarray(3 * random.standard_normal(batch, np.float32))
     labels = jnp.asarray(random.integers(0, 2, batch).astype(np.float32))
     calls = {name: jax.jit(jax.value_and_grad(loss)) for name, loss in losses.items()}
     for call in calls.values():
-        jax.block_until_ready(call(logits, labels))  # compiled before it is timed
+        jax.block_until_ready(call(logits, labels))  # compile before timing
     turns: dict[str, list[float]] = {name: [] for name in losses}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -212,9 +214,11 @@ def in_words(seconds: float) -> str:
 
 
 def table_of_tails(gradients: dict[str, np.ndarray], times: dict[int, dict[str, float]]) -> Table:
-    table = Table(title="a right answer's gradient ends at a logit of; time of loss and gradient")
+    table = Table(
+        title="where a correct prediction's gradient becomes 0; time of loss and gradient"
+    )
     table.add_column("")
-    table.add_column("ends at", justify="right")
+    table.add_column("0 from logit", justify="right")
     for batch in times:
         table.add_column(f"{batch:,} logits", justify="right")
     for name, values in gradients.items():
@@ -234,7 +238,7 @@ def draw_accuracy(axis: Axes, curves: dict[str, Curve], title: str, colors: Colo
 
 
 def draw_times(axis: Axes, times: dict[int, dict[str, float]], colors: Colors) -> None:
-    """How many times as long as jax_bce, with the time itself beside each bar."""
+    """Bars for the ratio to jax_bce's time, with the time beside each bar."""
     places, ticks = [], []
     for batch, row in reversed(times.items()):
         ticks.append(f"{batch:,}\nlogits")
@@ -268,14 +272,14 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Which binary cross-entropy trains?")
+    parser = argparse.ArgumentParser(description="Compare which binary cross-entropies train.")
     parser.add_argument(
-        "--data", type=Path, help="an .npz with x_train and y_train, as Keras's MNIST"
+        "--data", type=Path, help=".npz file with x_train and y_train, like Keras's MNIST"
     )
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--hidden", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=0.01, help="of plain SGD")
+    parser.add_argument("--rate", type=float, default=0.01, help="learning rate of plain SGD")
     parser.add_argument("--seed", type=int, default=0)
     add_options(parser, "train_digits.png")
     options = parser.parse_args()
@@ -287,7 +291,7 @@ def main() -> None:
     if find_spec("keras"):
         losses["Keras 3 on JAX"] = keras_loss
     else:
-        console.print("Keras is not installed, so it is left out: pip install keras")
+        console.print("Keras is not installed and is left out (pip install keras)")
     losses |= {"jax_bce": jax_bce.loss, "optax": optax_loss}
 
     curves: dict[str, Curve] = {}

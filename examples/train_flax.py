@@ -1,9 +1,9 @@
-"""jax_bce in a training loop of optax and flax: the loss is one line of it.
+"""A training loop with optax and flax, in which jax_bce is one line.
 
     python examples/train_flax.py
 
-A network that says of a handwritten digit whether it is 5 or more, trained with adam on
-mini-batches and tested on digits it has not seen.
+Trains a network with Adam on mini-batches to say whether a handwritten digit is 5 or more, and
+tests it on digits it has not seen.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""jax_bce in data-parallel training: one program in several processes, on one machine or on many.
+"""Data-parallel training with jax_bce in several processes, on one machine or on many.
 
-    python examples/train_multiprocess.py                 # one process, all of its devices
-    python examples/train_multiprocess.py --processes 4   # four, on this machine's CPU
+    python examples/train_multiprocess.py                 # one process with all of its devices
+    python examples/train_multiprocess.py --processes 4   # four processes on this machine's CPU
 
-Two hosts with GPUs, one line on each; process 0 is on 10.0.0.1 (this has not been run yet):
+For two hosts with GPUs, run one line on each; process 0 is on 10.0.0.1 (this has not been run yet):
 
     python examples/train_multiprocess.py --coordinator 10.0.0.1:1234 --processes 2 --process 0
     python examples/train_multiprocess.py --coordinator 10.0.0.1:1234 --processes 2 --process 1
 
-A network says of a handwritten digit whether it is 5 or more. Every device computes the loss of its
-share of a batch and the mean is that of the whole batch: the weights that come out are the same but
-for rounding, however many processes there are. Where one dies, the others end with an error, after
-about --heartbeat seconds at most.
+The network says whether a handwritten digit is 5 or more. Every device computes the loss of its
+share of a batch, and the mean is over the whole batch. Apart from rounding, the final weights are
+the same for any number of processes. If one process dies, the others stop with an error after at
+most about --heartbeat seconds.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def logits_of(weights: Weights, images: jax.Array) -> jax.Array:
 
 
 def load() -> list[np.ndarray]:
-    """Images to train on and to test on, then their labels."""
-    # Imported here: it takes seconds, and the process that starts the others has no use for it.
+    """Training images, test images, training labels and test labels."""
+    # Imported here: it takes seconds, and the process that starts the others does not need it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -61,7 +61,7 @@ def train(options: argparse.Namespace) -> None:
     copied = NamedSharding(mesh, PartitionSpec())
     optimizer = optax.sgd(0.1, momentum=0.9)
 
-    # Compiled, so that the weights are made where they are to be: on every device of every process.
+    # Compiled, so that the weights are created in place, on every device of every process.
     weights = jax.jit(initial_weights, out_shardings=copied)()
     state = jax.jit(optimizer.init, out_shardings=copied)(weights)
 
@@ -78,7 +78,7 @@ def train(options: argparse.Namespace) -> None:
 
     losses = []
     for number in range(options.steps):
-        # The same batch in every process, which takes its part of it.
+        # The batch is the same in every process; each process takes its part.
         rows = np.random.default_rng(number).permutation(len(train_images))[: options.batch]
         rows = np.split(rows, jax.process_count())[jax.process_index()]
         images, labels = (
@@ -102,9 +102,9 @@ def train(options: argparse.Namespace) -> None:
 
 
 def start_on_this_machine(processes: int) -> int:
-    """Runs this command in so many processes, each with its number; gives the worst exit status."""
+    """Runs this command in several numbered processes; returns the worst exit status."""
     with socket.socket() as reserved:
-        # Bound and not listening: nobody else is given the port, and the coordinator can share it.
+        # Bound but not listening: no other program gets the port, and the coordinator can share it.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind(("", 0))
         coordinator = f"localhost:{reserved.getsockname()[1]}"
@@ -118,14 +118,16 @@ def start_on_this_machine(processes: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="jax_bce in several processes")
-    parser.add_argument("--processes", type=int, default=1, help="how many there are")
-    parser.add_argument("--coordinator", help="address:port of process 0, which listens there")
-    parser.add_argument("--process", type=int, help="the number of this one, from 0")
-    parser.add_argument("--heartbeat", type=int, default=100, help="seconds, then silent is dead")
+    parser = argparse.ArgumentParser(description="train with jax_bce in several processes")
+    parser.add_argument("--processes", type=int, default=1, help="the number of processes")
+    parser.add_argument("--coordinator", help="address:port where process 0 listens")
+    parser.add_argument("--process", type=int, help="the number of this process, from 0")
+    parser.add_argument(
+        "--heartbeat", type=int, default=100, help="seconds until a silent process is dead"
+    )
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=120, help="of all devices together")
-    parser.add_argument("--save", type=Path, help="an .npz for the weights and the losses")
+    parser.add_argument("--batch", type=int, default=120, help="batch size of all devices together")
+    parser.add_argument("--save", type=Path, help=".npz file for the weights and the losses")
     options = parser.parse_args()
 
     if options.processes > 1 and not options.coordinator:

@@ -2,7 +2,7 @@
 
 A kernel that is not there skips its tests with the reason. Where `JAX_BCE_REQUIRE` (a list such as
 "cpu,nvcc") names it, they fail instead. The terminal summary prints the largest error that each
-kind of comparison reached.
+kind of comparison reached. A run has a sample of the cases, `pytest --all` all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +12,32 @@ import jax
 import numpy as np
 import oracle
 import pytest
+import sample
 from numpy.typing import ArrayLike
 
 
-def pytest_report_header() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run every case, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sample.everything = config.getoption("all")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m select
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = sample.of(items)
+    config.hook.pytest_deselected(items=[*set(items).difference(chosen)])
+    items[:] = chosen
+
+
+def pytest_report_header() -> list[str]:
     tested = ", ".join(platforms.PLATFORMS)
     reason = platforms.missing("cuda")
-    return f"platforms: {tested}" + (f" (cuda: {reason})" if reason else "")
+    return [
+        f"cases: {'all' if sample.everything else 'a sample; --all runs all'}",
+        f"platforms: {tested}" + (f" (cuda: {reason})" if reason else ""),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -202,7 +202,7 @@ def long_rows(architecture: int, logits: str, label_bytes: int) -> Kernel:
 def table(rows: list[Kernel]) -> str:
     lines = [
         "| | kernel | logits | label bytes | registers | stack | loads | stores "
-        "| instructions an element |",
+        "| instructions per element |",
         "| --: | --- | --- " + "| --: " * 6 + "|",
     ]
     for kernel in rows:

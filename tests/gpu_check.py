@@ -325,7 +325,7 @@ def tests(check: Check) -> None:
     # What runs on the host needs no GPU machine: the driver runs the same program on the GPU, eight
     # devices are a CPU's, and the peers need packages that such a machine may lack.
     elsewhere = "source_on_the_host or test_meshes or test_shard_map or test_multiprocess"
-    options = ["-v", f"--junitxml={report}", "-k", f"not ({elsewhere})"]
+    options = ["-v", "--all", f"--junitxml={report}", "-k", f"not ({elsewhere})"]
     options += ["--ignore", "tests/conformance"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(len(os.sched_getaffinity(0)))]
@@ -366,7 +366,7 @@ def profile(check: Check) -> None:
     records = check.record.with_name(check.record.stem + "-benchmark.jsonl")
     command = (sys.executable, "benchmarks/gpu.py", "--profile", "--output", records)
     result = check.run("profile", command, 300)
-    result.findings["moved"] = re.findall(r".*bytes an element.*", check.output)
+    result.findings["moved"] = re.findall(r".*bytes per element.*", check.output)
     check.write(result)
 
 

@@ -3,9 +3,9 @@
     python tests/gpu_compiler.py          # the programs of this file, as a Markdown table
 
 Needs JAX's CUDA plugin, but no GPU and no driver: the one that is installed, or the one that
-`make test` puts into the environment's folder cuda_plugin. (Where there is no CUDA, an installed
-plugin would make every start of JAX complain.) No kernel is run. h200.txtpb describes the GPU: XLA
-decides by its figures.
+`make test-all` puts into the environment's folder cuda_plugin. (Where there is no CUDA, an
+installed plugin would make every start of JAX complain.) No kernel is run. h200.txtpb describes the
+GPU: XLA decides by its figures.
 """
 
 import functools
@@ -40,7 +40,7 @@ def missing() -> str | None:
         return reason
     if importlib.util.find_spec("jax_cuda13_plugin") or (PLUGIN / "jax_cuda13_plugin").exists():
         return None
-    return f"JAX's CUDA plugin is neither installed nor in {PLUGIN}, where `make test` puts it"
+    return f"JAX's CUDA plugin is neither installed nor in {PLUGIN}, where `make test-all` puts it"
 
 
 def optax_mean(x, y):
@@ -161,7 +161,7 @@ def main() -> None:
     prepare()
     print(f"jaxlib {jaxlib.__version__}, optax {optax.__version__}; logits {SHAPE}.\n")
     print(
-        "| program | logits, labels | kernels | bytes an element | temporary bytes | collectives |"
+        "| program | logits, labels | kernels | bytes per element | temporary bytes | collectives |"
     )
     print("| --- | --- | --: | --: | --: | --- |")
     for name in PROGRAMS:

@@ -47,6 +47,8 @@ def missing(name: str) -> str | None:
             return disassembly.missing()
         from jax_bce import _primitive
 
+        if name == "gpu-code":  # of the built module, whether there is a GPU to run it or not
+            return _primitive.missing("cuda")
         reason = _primitive.missing(name)
     except (ImportError, AttributeError) as error:
         reason = str(error)

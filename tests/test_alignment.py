@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import jax_bce
-from jax_bce import _arguments
+from jax_bce import _arguments, _evaluate
 
 pytestmark = pytest.mark.any_jax
 
@@ -52,9 +52,13 @@ def seen(function: str, shape: tuple, name: str, operand: np.ndarray) -> np.ndar
     common = name in ("weight", "sample_weight", "pos_weight", "where")
     own = {name: operand} if common else {}
     of = "probs" if function == "loss_from_probs" else "logits"
-    prepared = _arguments.prepare(zeros, zeros, reduction="none", name=of, **own)
-    aligned = prepared.operands[-1] if common else prepared.of_class(name, operand)
-    return np.broadcast_to(aligned, shape)
+    numbers = {} if common else {name: operand}
+    checked = _arguments.checked(zeros, zeros, reduction="none", name=of, numbers=numbers, **own)
+
+    def taken(call: _evaluate.Call) -> jax.Array:
+        return call.operands[-1] if common else call.number(name)
+
+    return np.broadcast_to(_evaluate.evaluate(taken, checked), shape)
 
 
 def message_of(call: Callable) -> str | None:

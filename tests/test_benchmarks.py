@@ -35,13 +35,13 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_dry_run_writes_a_record_of_every_contestant(tmp_path: Path) -> None:
+def test_dry_run_writes_a_record_of_every_implementation(tmp_path: Path) -> None:
     case = ("--sizes", "14", "--only", "^value_and_grad, mean, bfloat16, uint8", "--seconds", "0")
     options = (*case, "--families", "jax", "--dry-run", "--output", "records.jsonl")
     done = run(*options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    records = {record["contestant"]: record for record in map(json.loads, lines)}
+    records = {record["implementation"]: record for record in map(json.loads, lines)}
     assert set(records) == {
         *("jax_bce", "jax_bce, xla", "optax", "jnp", "jnp in bfloat16", "copy, XLA")
     }
@@ -109,7 +109,7 @@ def test_only_the_device_is_timed(gpu: ModuleType, monkeypatch: pytest.MonkeyPat
     assert found["short"]["replays"] > 7
 
 
-def test_a_failing_contestant_leaves_the_others(
+def test_a_failing_implementation_leaves_the_others(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> None:
@@ -144,7 +144,7 @@ def test_the_summary_names_where_xla_is_faster(gpu: ModuleType) -> None:
     common = {"case": "value_and_grad, mean", "dtype": "float32, float32 labels", "n": 2**26}
     times = {"jax_bce": [2.0], "jax_bce, xla": [1.5], "optax": [4.0], "copy, XLA": [1.0]}
     results = list(gpu.records(common, times, 12 * 2**26))
-    results.append(common | {"contestant": "torch", "error": "out of memory"})
+    results.append(common | {"implementation": "torch", "error": "out of memory"})
     printed = list(gpu.summary(results))
     table = next(part for part in printed if getattr(part, "title", "") == gpu.CHOICE)
     assert [list(column.cells) for column in table.columns][-1] == ["[red]0.75[/]"]

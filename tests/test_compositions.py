@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import sample
 from hypothesis import given, reject, seed, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -190,11 +191,12 @@ def nested(function: Function, names: tuple[str, ...], dtype: str) -> jax.Array:
 
 # In parts, for several processes at once.
 @pytest.mark.parametrize(
-    "part", [0, *(pytest.param(n, marks=pytest.mark.any_jax) for n in (1, 2, 3))]
+    "part",
+    [0, *(pytest.param(n, marks=[pytest.mark.any_jax, pytest.mark.thorough]) for n in (1, 2, 3))],
 )
 def test_any_three(cpu: str, part: int) -> None:
     @seed(part)
-    @settings(max_examples=50, deadline=None, database=None)
+    @settings(max_examples=sample.examples(50), deadline=None, database=None)
     @given(
         names=st.tuples(*[st.sampled_from(NAMES)] * 3),
         reduction=st.sampled_from(["none", "sum", "mean"]),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import sample
 from hypothesis import given, settings
 
 import jax_bce
@@ -113,7 +114,7 @@ def calls(draw: st.DrawFn) -> tuple:
 
 
 @pytest.mark.any_jax
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sample.examples(60), deadline=None)
 @given(calls())
 def test_a_dropped_element_does_not_exist(call: tuple) -> None:
     """Values and derivatives are those of the kept elements alone, in every implementation."""
@@ -155,7 +156,8 @@ def test_a_dropped_row_is_not_summed(loss, implementation: str) -> None:
     where = np.array([True, False])
     implementation = None if loss is not jax_bce.loss else implementation
 
-    def divided(x: jax.Array, w: jax.Array, where: np.ndarray) -> jax.Array:
+    @jax.jit
+    def divided(x: jax.Array, w: jax.Array, where: jax.Array) -> jax.Array:
         options = {"reduction": "weighted_mean", "axis": -1, "implementation": implementation}
         return loss(x, x > 1.5, weight=w, where=where, **options)
 
@@ -266,7 +268,16 @@ def test_derivatives_of_a_denominator_do_not_overflow_before_the_loss(implementa
 
 
 @pytest.mark.any_jax
-@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 95, 96, 97, 130, 300])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *(1, 5, 33, 96, 300),
+        *(
+            pytest.param(n, marks=pytest.mark.thorough)
+            for n in (2, 3, 4, 8, 31, 32, 64, 95, 97, 130)
+        ),
+    ],
+)
 def test_rows_that_share_a_tile_have_the_bits_they_have_alone(cpu: str, columns: int) -> None:
     """Whatever a row has of its own: a denominator, be it 0, a mask, a cotangent, labels."""
     rng = np.random.default_rng(columns)
@@ -277,31 +288,35 @@ def test_rows_that_share_a_tile_have_the_bits_they_have_alone(cpu: str, columns:
     n = rng.uniform(0.5, 2, rows).astype(np.float32)
     n[[1, 4, 7, 9]] = 0, 1e-39, 1e38, -2
     where = rng.random(x.shape) < 0.8
+    x, y, n, where = map(jnp.asarray, (x, y, n, where))
+    cotangents = jnp.asarray(1 + np.arange(rows, dtype=np.float32) % 3)
     for options in (
         lambda i: {"normalizer": n[i]},
         lambda i: {"where": where[i]},
         lambda i: {
             "where": where[i],
-            "weight": np.abs(x[i, ..., :1]),
+            "weight": jnp.abs(x[i, ..., :1]),
             "reduction": "weighted_mean",
         },
         lambda i: {"normalizer": n[i], "residuals": "recompute"},
     ):
 
-        def loss_and_pullback(i: object, options=options) -> tuple:
+        @jax.jit
+        def loss_and_pullback(i: jax.Array, options=options) -> tuple:
             loss, pullback = jax.vjp(
                 lambda x: jax_bce.loss(x, y[i], axis=-1, implementation=cpu, **options(i)), x[i]
             )
-            return loss, pullback(jnp.asarray(1 + np.arange(rows, dtype=np.float32)[i] % 3))[0]
+            return loss, pullback(cotangents[i])[0]
 
-        together = loss_and_pullback(slice(None))
+        together = loss_and_pullback(np.arange(rows))
         for i in range(rows):
             alone = loss_and_pullback(i)
             oracle.assert_same_bits(tuple(np.asarray(t[i]) for t in together), alone)
     # Labels that vmap does not map.
-    shared = jax.vmap(jax.value_and_grad(lambda x: jax_bce.loss(x, y[0], implementation=cpu)))(x)
+    of_row = jax.value_and_grad(lambda x: jax_bce.loss(x, y[0], implementation=cpu))
+    shared, of_row = jax.jit(jax.vmap(of_row))(x), jax.jit(of_row)
     for i in range(rows):
-        alone = jax.value_and_grad(lambda x: jax_bce.loss(x, y[0], implementation=cpu))(x[i])
+        alone = of_row(x[i])
         oracle.assert_same_bits(tuple(np.asarray(s[i]) for s in shared), alone)
 
 
@@ -345,7 +360,8 @@ def test_the_total_has_a_second_derivative(axis: int | None) -> None:
         return jnp.sum(losses.sum(axis) / jnp.where(where, w, 0).sum(axis))
 
     for derivative in jax.grad, jax.hessian:
-        assert_close(derivative(loss)(w), np.asarray(derivative(plain)(w), np.float64))
+        expected = np.asarray(jax.jit(derivative(plain))(w), np.float64)
+        assert_close(jax.jit(derivative(loss))(w), expected)
 
 
 @pytest.mark.any_jax

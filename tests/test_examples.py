@@ -147,9 +147,21 @@ def test_benchmark(cpu: str, tmp_path: Path) -> None:
     run("benchmarks/bench.py", *small, folder=tmp_path, platform=cpu)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert {record["case"] for record in records} == {"value, mean", "value_and_grad, mean"}
-    assert {"jax_bce", "optax", "jnp"} <= {record["contestant"] for record in records}
+    assert {"jax_bce", "optax", "jnp"} <= {record["implementation"] for record in records}
     for record in records:
         assert record["n"] == 1024
         assert record["rounds"] >= 7
         assert record["median_ns_per_element"] > 0
         assert record["share_of_copy_bandwidth"] > 0
+
+
+def test_benchmark_of_calls(cpu: str, tmp_path: Path) -> None:
+    """Small, for its records: speed is no matter of a test."""
+    small = ("--n", "8", "--seconds", "0.01", "--repeats", "1", "--output", "records.jsonl")
+    run("benchmarks/calls.py", *small, folder=tmp_path, platform=cpu)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    cases = {(record["call"], record["case"], record["implementation"]) for record in records}
+    for name in ("loss", "loss_and_grad", "grad_and_hess", "focal_loss", "asymmetric_loss"):
+        assert {(name, case, "jax_bce") for case in ("eager", "jitted")} <= cases
+    assert {("import", "import", name) for name in ("jax_bce", "optax")} <= cases
+    assert all(record["median_us"] > 0 for record in records)

@@ -823,17 +823,17 @@ def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None
     probs = oracle.round_to([*small, *(1 - small), *rng.uniform(0, 1, 60)], dtype)
     probs = probs[(probs > 0) & (probs < 1)]
     shift = np.asarray(shift, oracle.arithmetic_dtype(dtype))
-    for label in 0, 1, 0.25:
+    shifts = np.full(probs.shape, shift)
 
-        @partial(jax.jit, static_argnums=2)
-        def every(p, shift, label):
-            def of(p, shift):
-                return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
+    @jax.jit
+    def every(p, shift, label):
+        def of(p, shift):
+            return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
 
-            gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
-            return of(p, shift), gradients(p, shift)
+        gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
+        return of(p, shift), gradients(p, shift)
 
-        shifts = np.full(probs.shape, shift)
+    for label in 0.0, 1.0, 0.25:
         value, (by_p, by_shift) = every(probs, shifts, label)
         arguments = (probs, label, 1, shifts)
         expected = exact(of_probability, *arguments)[:2]
@@ -888,12 +888,10 @@ def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
     @jax.jit
     def every(p):
         def alone(of):  # one probability with each label
-            gradient = jax.grad(of, (0, 1))
-            second = jax.grad(lambda p, y: gradient(p, y)[0])
-            by_row = jax.vmap(
-                lambda p: jax.vmap(lambda y: (of(p, y), gradient(p, y), second(p, y)))(labels)
-            )
-            return by_row(p[:, 0])
+            value_and_gradient = jax.value_and_grad(of, (0, 1))
+            second = jax.grad(jax.grad(of))
+            by_label = jax.vmap(lambda p, y: (value_and_gradient(p, y), second(p, y)), (None, 0))
+            return jax.vmap(by_label, (0, None))(p[:, 0], labels)
 
         options = [{"reduction": "sum", **options} for options in OUTSIDE_OPTIONS.values()]
         return [
@@ -924,23 +922,28 @@ def test_subnormal_probabilities(check, dtype: np.dtype) -> None:
         "compiled": compiled(of, probs),
         "mapped": jax.vmap(of)(probs),
         "clipped": of(probs, epsilon=0.0),
+        "clipped at a constant, compiled": compiled(partial(of, epsilon=0.0), probs),
+        "clipped in a sum, compiled": compiled(
+            lambda p: jax.vmap(partial(of, epsilon=0.0, reduction="sum"))(p[:, None]), probs
+        ),
     }
     for how, loss in losses.items():
         check.ulps(f"subnormal, {how}", loss, -np.log(wide), rounded(dtype))
     gradient = jax.grad(lambda p: jnp.sum(of(p)))
-    second = jax.grad(lambda p: jnp.sum(gradient(p)))(probs)
-    _, tangent = jax.jvp(of, (probs,), (np.ones_like(probs),))
+    gradients = gradient(probs), compiled(gradient, probs)
+    second = compiled(jax.grad(lambda p: jnp.sum(gradient(p))), probs)
+    _, tangent = jax.jvp(jax.jit(of), (probs,), (np.ones_like(probs),))
     with np.errstate(over="ignore"):
         slopes = np.maximum(-1 / wide, -oracle.largest_derivative(dtype))
-    for slope in gradient(probs), jax.jit(gradient)(probs), tangent:
+    for slope in *gradients, tangent:
         check.ulps("subnormal gradient", slope, slopes, rounded(dtype))
     if dtype != FLOAT16:  # whose range the exact ones exceed
-        assert np.isfinite(np.asarray(gradient(probs), np.float64)).all()
+        assert np.isfinite(np.asarray(gradients, np.float64)).all()
         assert np.isfinite(np.asarray(second, np.float64)).all()
     assert (np.asarray(second) > 0).all()
     # The other label's logarithm drops out, with all its derivatives.
     zero = jax.grad(lambda p: jnp.sum(jax_bce.loss_from_probs(p, 0, reduction="sum")))
-    np.testing.assert_array_equal(zero(probs), np.ones_like(probs))
+    np.testing.assert_array_equal(compiled(zero, probs), np.ones_like(probs))
     np.testing.assert_array_equal(jax.grad(lambda p: jnp.sum(zero(p)))(probs), np.ones_like(probs))
 
 

@@ -6,7 +6,7 @@ all shards share collects the gradients of all of them.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -109,13 +109,25 @@ def reverse_product(objective: Objective) -> Objective:
     return lambda x, y: jax.vjp(lambda x: jax.grad(objective)(x, y), x)[1](x)[0]
 
 
+def operands_of(spread: str) -> tuple[np.ndarray, ...]:
+    return tuple(local(x, spec) for x, spec in zip(inputs(), SPREAD[spread], strict=True))
+
+
+@cache
+def expected(transform: Callable, spread: str) -> Any:
+    """On one device, which is compiled once for all that is compared with it."""
+    return jax.jit(transform(on_one_device))(*operands_of(spread))
+
+
+def with_gradients(objective: Objective) -> Objective:
+    return jax.value_and_grad(objective, argnums=(0, 1))
+
+
 @pytest.mark.parametrize("spread", SPREAD)
 def test_differentiated_outside(mesh: Mesh, checked: bool, loss: Objective, spread: str) -> None:
-    specs = SPREAD[spread]
-    operands = tuple(local(x, spec) for x, spec in zip(inputs(), specs, strict=True))
-    objective = on_shards(loss, mesh, specs, checked)
-    actual = jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))(*operands)
-    assert_close(actual, jax.jit(jax.value_and_grad(on_one_device, argnums=(0, 1)))(*operands))
+    objective = on_shards(loss, mesh, SPREAD[spread], checked)
+    actual = jax.jit(with_gradients(objective))(*operands_of(spread))
+    assert_close(actual, expected(with_gradients, spread))
 
 
 @pytest.mark.parametrize("spread", SPREAD)
@@ -123,10 +135,9 @@ def test_differentiated_outside(mesh: Mesh, checked: bool, loss: Objective, spre
 def test_second_derivatives_outside(
     mesh: Mesh, checked: bool, order: Callable, spread: str
 ) -> None:
-    specs = SPREAD[spread]
-    operands = tuple(local(x, spec) for x, spec in zip(inputs(), specs, strict=True))
-    actual = jax.jit(order(on_shards(jax_bce.loss, mesh, specs, checked)))(*operands)
-    assert_close(actual, jax.jit(order(on_one_device))(*operands))
+    objective = on_shards(jax_bce.loss, mesh, SPREAD[spread], checked)
+    actual = jax.jit(order(objective))(*operands_of(spread))
+    assert_close(actual, expected(order, spread))
 
 
 @pytest.mark.parametrize("spread", ["rows", "rows and columns", "both on rows"])

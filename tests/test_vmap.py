@@ -46,8 +46,8 @@ IN_AXES = {
 
 @pytest.fixture(params=FUNCTIONS)
 def function(request: pytest.FixtureRequest, implementation: str) -> Callable:
-    """From logits and labels to a tuple of arrays, or one."""
-    return FUNCTIONS[request.param](implementation=implementation)
+    """From logits and labels to a tuple of arrays, or one; compiled, as a loop calls it often."""
+    return jax.jit(FUNCTIONS[request.param](implementation=implementation))
 
 
 def assert_close(actual: object, expected: object) -> None:
@@ -96,7 +96,7 @@ def test_gradient_of_labels(implementation: str, case: str) -> None:
     """-x, which XLA adds up where one label is for all."""
     in_axes, *shapes = IN_AXES[case]
     logits, labels = inputs(*shapes)
-    function = jax.grad(partial(jax_bce.loss, implementation=implementation), argnums=1)
+    function = jax.jit(jax.grad(partial(jax_bce.loss, implementation=implementation), argnums=1))
     mapped = jax.vmap(function, in_axes)(logits, labels)
     assert_close(mapped, loop(function, in_axes, logits, labels))
 

@@ -189,7 +189,7 @@ def cells(found: Cost) -> list[str]:
 
 def main() -> None:
     print(f"jaxlib {jaxlib.__version__}, optax {optax.__version__}; logits {SHAPE}.\n")
-    print("| mode | kernel launches | other passes | bytes an element | temporary | sent |")
+    print("| mode | kernel launches | other passes | bytes per element | temporary | sent |")
     print("| --- | --: | --: | --: | --: | --- |")
     for name in MODES:
         print("|", " | ".join([name, *cells(cost(name))]), "|")

@@ -70,8 +70,8 @@ def _why_not_registered(module: Any, runtime: tuple[int, int]) -> str | None:
         return None
     return (
         f"it was built for XLA FFI {built[0]}.{built[1]}, but the running jaxlib has "
-        f"{runtime[0]}.{runtime[1]}: upgrade jaxlib, or reinstall jax_bce with "
-        "`pip install --force-reinstall --no-cache-dir jax-bce`"
+        f"{runtime[0]}.{runtime[1]}: upgrade jaxlib, or reinstall jax_bce: in the "
+        "source folder, run `pip install --force-reinstall --no-cache-dir .`"
     )
 
 

@@ -351,14 +351,24 @@ def _log_of_probability_jvp(
     return value, slope * (shift_dot - p_dot if complement else shift_dot + p_dot)
 
 
+def _clip(p: Array, low: Array, high: Array) -> Array:
+    """p between low and high.
+
+    On a CPU a minimum or a maximum would turn subnormal numbers into 0, and a comparison of p that
+    selects p is compiled to one. So others are compared.
+    """
+    up, up_low, up_high = (scaled_up(number, _UP) for number in (p, low, high))
+    return jnp.where(up < up_low, low, jnp.where(up > up_high, high, p))
+
+
 def loss_of_probabilities(element: Elements, epsilon: Array | None, log_epsilon: Array) -> Array:
     """-q y log(p + log_epsilon) - (1 - y) log(1 - p + log_epsilon) of probabilities p.
 
     They stand in the logits' place, and are clipped to [epsilon, 1 - epsilon] first.
     """
     p, y, n = element.logits, element.labels, element.complements
-    if epsilon is not None:  # by comparisons, which keep a subnormal p
-        p = jnp.where(p < epsilon, epsilon, jnp.where(p > 1 - epsilon, 1 - epsilon, p))
+    if epsilon is not None:
+        p = _clip(p, epsilon, 1 - epsilon)
     likely = -_log_of_probability(False, 0, p, log_epsilon)
     unlikely = -_log_of_probability(True, 0, p, log_epsilon)
     if element.pos_weight is not None:

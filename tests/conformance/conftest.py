@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import sample
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
@@ -22,7 +23,11 @@ from numpy.typing import ArrayLike
 # Drawn alike in every run, so that a failure is one of the code. Examples are small as they are: to
 # shrink one, with a compilation for each step, would take minutes.
 EXAMPLES = settings(
-    max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    max_examples=sample.examples(15),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
 )
 LOGITS = st.integers(-128, 128).map(lambda n: n / 8)
 
