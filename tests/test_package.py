@@ -175,7 +175,7 @@ def test_gpu_guard_where_the_driver_is_older() -> None:
     module.compute_capabilities = lambda: [100]
     reason = _primitive._why_no_gpu_runs_it(module)
     assert "CUDAARCHS='100' pip install ." in reason
-    assert "upgrade the NVIDIA driver to one of CUDA 13.2" in reason
+    assert "upgrade the NVIDIA driver to one for CUDA 13.2" in reason
 
 
 @pytest.mark.any_jax
@@ -242,7 +242,7 @@ def test_without_built_modules_the_error_names_the_fix(tmp_path: Path) -> None:
     for source in Path(jax_bce.__file__).parent.glob("*.py"):
         shutil.copy(source, package)
     done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jax_bce")
-    assert "built modules missing" in done.stderr
+    assert "compiled modules are missing" in done.stderr
     assert "pip install ." in done.stderr
 
 

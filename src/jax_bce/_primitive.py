@@ -1,21 +1,21 @@
-"""The JAX primitive: its types, batching and lowering, and which kernels there are.
+"""The JAX primitive: its types, batching and lowering, and which kernels are available.
 
     factor   = scale / count / (divisor + divisor_low)
     loss     = factor * (element losses, summed over the last reduced_rank dimensions)
     gradient = factor * (element gradients)
-    total    = factor * (weights of the elements that exist, summed likewise)
+    total    = factor * (weights of the elements that are not dropped, summed likewise)
 
-The operands logits, labels, scale and smoothing (of the labels), and those of `_call.MODIFIERS`
-that the parameter `modifiers` names, have one rank and are broadcast against each other. scale,
-smoothing and the divisor have the arithmetic's type, float32 (float64 for float64 logits),
-ignore_label the labels', where is bool. scale and divisor have size 1 in the summed dimensions;
-where one is 0, so are the results. A summed loss has the arithmetic's type, too; an element's loss
-and gradient may be rounded to a 16-bit type. A vmapped axis is one more leading dimension. Four
-kinds differ in their results: "loss", "loss_and_grad", "grad", and "total", which is the divisor of
-another call: a number of the arithmetic's type and what its rounding lost.
+The operands are logits, labels, scale, smoothing (of the labels), and those of `_call.MODIFIERS`
+that the parameter `modifiers` names. They all have the same rank and are broadcast against each
+other. scale, smoothing and the divisor have the arithmetic's dtype, float32 (float64 for float64
+logits); ignore_label has the labels' dtype; where is bool. scale and divisor have size 1 in the
+summed dimensions; if one is 0, the results are 0. A summed loss has the arithmetic's dtype, too;
+an element's loss and gradient may be rounded to a 16-bit dtype. A vmapped axis is one more leading
+dimension. The four kinds differ in their results: "loss", "loss_and_grad", "grad", and "total",
+which is the divisor of another call: a number of the arithmetic's dtype and its rounding error.
 
-On CPU and CUDA a kind is one call of the FFI target `jax_bce_v1_<kind>`; where that is not to be
-had, and on every other platform, XLA compiles `_reference.py`.
+On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v1_<kind>`. If that is not available,
+and on all other platforms, XLA compiles `_reference.py`.
 """
 
 import functools
@@ -41,8 +41,8 @@ try:
     from jax_bce import _cpu
 except ImportError as error:
     raise ImportError(
-        "jax_bce: built modules missing. Run `pip install .` in the source folder, and import "
-        f"jax_bce from elsewhere (this is {Path(__file__).parent}). The cause: {error}"
+        "jax_bce: the compiled modules are missing. Run `pip install .` in the source folder, and "
+        f"import jax_bce from elsewhere (this is {Path(__file__).parent}). The cause: {error}"
     ) from error
 
 _cuda: Any
@@ -53,7 +53,7 @@ except ImportError:  # built without CUDA
 
 
 def ffi_version_of_jaxlib() -> tuple[int, int]:
-    """The FFI version of the running jaxlib, which states it in its headers only."""
+    """The FFI version of the running jaxlib, which only its headers state."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (
         int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
@@ -63,9 +63,9 @@ def ffi_version_of_jaxlib() -> tuple[int, int]:
 
 
 def _why_not_registered(module: Any, runtime: tuple[int, int]) -> str | None:
-    """The reason why this jaxlib cannot take the module's handlers, or None if it can."""
+    """The reason why this jaxlib cannot use the module's handlers, or None if it can."""
     built = module.xla_ffi_api_version
-    # A handler newer than the running jaxlib would keep the whole backend from starting.
+    # A handler that is newer than the running jaxlib would prevent the whole backend from starting.
     if built[0] == runtime[0] and built[1] <= runtime[1]:
         return None
     return (
@@ -88,28 +88,28 @@ def _why_no_cpu_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
 def _why_no_cuda_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
     """The reason why the CUDA kernel cannot run, or None if it can.
 
-    Where there is no driver at all, only a compilation for another machine asks for it.
+    If there is no driver at all, the kernel can only be compiled for another machine.
     """
     if module is None:
         return (
-            "this jax_bce was built without it: in the source folder, run "
-            "`JAX_BCE_CUDA=ON pip install .` where there is a CUDA toolkit, or else "
-            "`JAX_BCE_CUDA=PYPI pip install .`, which fetches the compiler"
+            "jax_bce was built without CUDA: in the source folder, run "
+            "`JAX_BCE_CUDA=ON pip install .` if a CUDA toolkit is installed, or else "
+            "`JAX_BCE_CUDA=PYPI pip install .`, which downloads the compiler"
         )
     driver, needed = module.driver_version(), module.runtime_version
     if 0 < driver // 1000 < needed // 1000:
         return (
-            f"it was built with CUDA {needed // 1000}, but the driver runs CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10} at most: upgrade the NVIDIA driver, or "
+            f"it was built with CUDA {needed // 1000}, but the driver supports at most CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10}: upgrade the NVIDIA driver, or "
             f"reinstall jax_bce with nvcc {driver // 1000}"
         )
     return _why_not_registered(module, runtime)
 
 
 def _runs_on(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
-    """Whether a GPU of that compute capability, 75 for 7.5, has code that it can run.
+    """Whether a GPU of that compute capability, 75 for 7.5, can run some of the code.
 
-    Machine code runs on the same generation from its own version on, PTX on everything from then.
+    Machine code runs on GPUs of its generation from its version on, PTX on all from its version on.
     """
     of_generation = [code for code in machine_code if code // 10 == capability // 10]
     return any(code <= capability for code in (*of_generation, *ptx))
@@ -118,7 +118,7 @@ def _runs_on(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -
 def _why_no_gpu_runs_it(module: Any) -> str | None:
     """The reason why none of this machine's GPUs can run the CUDA kernel, or None."""
     capabilities = sorted(set(module.compute_capabilities()))
-    # A driver compiles the PTX of its own CUDA and of older ones.
+    # A driver compiles PTX of its own CUDA version and of older ones.
     compiles = module.driver_version() >= module.runtime_version
     ptx = module.ptx if compiles else []
     if not capabilities or any(_runs_on(c, module.machine_code, ptx) for c in capabilities):
@@ -129,12 +129,14 @@ def _why_no_gpu_runs_it(module: Any) -> str | None:
 
     wanted = ";".join(map(str, capabilities))
     reason = (
-        f"it holds code for compute capability {names(module.machine_code)}, but the GPU has "
+        f"it has code for compute capability {names(module.machine_code)}, but the GPU has "
         f"{names(capabilities)}: in the source folder, run `CUDAARCHS='{wanted}' pip install .`"
     )
     if not compiles and any(_runs_on(c, [], module.ptx) for c in capabilities):
         needed = f"{module.runtime_version // 1000}.{module.runtime_version % 1000 // 10}"
-        reason += f", or upgrade the NVIDIA driver to one of CUDA {needed}, which compiles its PTX"
+        reason += (
+            f", or upgrade the NVIDIA driver to one for CUDA {needed}, which can compile its PTX"
+        )
     return reason
 
 
@@ -148,10 +150,9 @@ def _why_no_kernel(platform: str) -> str | None:
 
 @functools.cache
 def missing(platform: str) -> str | None:
-    """Why the kernel for "cpu" or "cuda" is not there, with the remedy; None if it is."""
+    """Why the kernel for "cpu" or "cuda" is not available, with the fix; None if it is."""
     reason = _why_no_kernel(platform)
-    # To ask for the GPUs starts the driver, and then no forked process can use it: so it is not
-    # done on import.
+    # Not on import: listing the GPUs starts the driver, and then forked processes cannot use it.
     return _why_no_gpu_runs_it(_cuda) if platform == "cuda" and reason is None else reason
 
 
@@ -222,14 +223,14 @@ def bce(
 )
 def _compiled(*operands: Array, **params: Any) -> list[Array]:
     if not any(isinstance(operand, jax.core.Tracer) for operand in operands):
-        # jax_debug_nans runs what gave a NaN once more, without jit, to find the part that did.
+        # jax_debug_nans runs a function that returned NaN again without jit, to find the cause.
         raise FloatingPointError("invalid value (nan or inf) encountered in jax_bce")
     return bce_p.bind(*operands, **params)  # type: ignore[no-any-return]
 
 
 @bce_p.def_impl
 def _evaluate(*operands: Array, **params: Any) -> list[Array]:
-    # An evaluation is a compiled call also where the user has switched jit off: there is no other.
+    # Evaluation is always compiled, even if the user has disabled jit: there is no other way.
     with jax.disable_jit(False):
         return _compiled(*operands, **params)  # type: ignore[no-any-return]
 
@@ -237,11 +238,11 @@ def _evaluate(*operands: Array, **params: Any) -> list[Array]:
 def _spread(
     operands: Sequence[Any], modifiers: tuple[str, ...], shape: tuple[int, ...]
 ) -> list[Any]:
-    """The axes of an explicit mesh over which each dimension is spread: as in any operand."""
+    """The axes of an explicit mesh over which each dimension is sharded in some operand."""
     if any(o.sharding.spec.unreduced or o.sharding.spec.reduced for o in operands):
         raise ValueError(
-            "operands of jax_bce cannot be unreduced or reduced over axes of a mesh: "
-            "jax.sharding.reshard them to a PartitionSpec without either."
+            "operands of jax_bce cannot be unreduced or reduced over axes of a mesh: use "
+            "jax.sharding.reshard with a PartitionSpec that has neither."
         )
     spec, used, fits = [], [], True
     for dimension, size in enumerate(shape):
@@ -256,8 +257,8 @@ def _spread(
             f", {name} as {spec}" for name, spec in zip(modifiers, more, strict=True) if any(spec)
         )
         raise ValueError(
-            f"logits spread over the mesh as {logits} and labels as {labels}{others} do not fit "
-            "together: spread them alike, "
+            f"logits are sharded as {logits} and labels as {labels}{others}, which is not "
+            "compatible: shard them alike, for example with "
             "jax.sharding.reshard(labels, jax.typeof(logits).sharding)."
         )
     return spec
@@ -265,9 +266,9 @@ def _spread(
 
 @bce_p.def_abstract_eval
 def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list[Any]:
-    """On an explicit mesh the results are spread as the operands are.
+    """On an explicit mesh, the results are sharded like the operands.
 
-    In a shard_map they vary as the operands do, which do so alike (`vary_alike`).
+    In a shard_map, the results vary like the operands, which all vary alike (`vary_alike`).
     """
     shape = jnp.broadcast_shapes(*(operand.shape for operand in operands))
     like = next((operand for operand in operands if not operand.sharding.mesh.empty), None)
@@ -290,7 +291,7 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
 
 
 def spread_like(gradient: Array, logits: Array) -> Array:
-    """The gradient, spread over an explicit mesh as the logits are and labels may not be."""
+    """The gradient, sharded over an explicit mesh like the logits, not like other operands."""
     spread: Any = jax.typeof(logits).sharding
     actual: Any = jax.typeof(gradient).sharding
     reshard: Any = jax.sharding.reshard
@@ -306,9 +307,9 @@ def _varies_over(operand: Array) -> frozenset[Any]:
 
 
 def vary_alike(*operands: Array) -> tuple[Array, ...]:
-    """The operands, each of which varies over the axes of a shard_map that any of them does.
+    """The operands, made to vary over all shard_map axes that any of them varies over.
 
-    The derivative with respect to one that all shards share is thereby summed over the shards.
+    As a result, the derivative with respect to a shared operand is summed over the shards.
     """
     axes = [_varies_over(operand) for operand in operands]
     missing = [sorted(frozenset().union(*axes) - own) for own in axes]
@@ -323,9 +324,9 @@ def vary_alike(*operands: Array) -> tuple[Array, ...]:
 def _batch(
     operands: Sequence[Array], axes: Sequence[int | None], **params: Any
 ) -> tuple[list[Array], list[int]]:
-    """The mapped axis stays where the first operand has it, unless that is a summed dimension.
+    """The mapped axis stays in its place in the first operand, unless that dimension is summed.
 
-    An operand that is not mapped gets a dimension of size 1 there: nothing is copied.
+    An unmapped operand gets a dimension of size 1 there: nothing is copied.
     """
     first, axis = next((o, a) for o, a in zip(operands, axes, strict=True) if a is not None)
     where = axis if axis < first.ndim - params["reduced_rank"] else 0
@@ -341,9 +342,9 @@ batching.primitive_batchers[bce_p] = _batch
 
 
 def _workspace(rows: Any, columns: Any) -> Any:
-    """How many float64 numbers the CUDA kernel needs for its sums, or may need: of symbolic sizes.
+    """How many float64 numbers the CUDA kernel needs for its sums; at most, for symbolic sizes.
 
-    In proportion to the rows.
+    The number is proportional to the rows.
     """
     if isinstance(columns, int):
         return rows * _cuda.workspace(1, columns)
@@ -351,7 +352,7 @@ def _workspace(rows: Any, columns: Any) -> Any:
 
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
-    """The rule for one platform, or for all that have no rule of their own (None)."""
+    """The rule for one platform, or for all platforms without their own rule (None)."""
 
     def rule(
         context: mlir.LoweringRuleContext,
@@ -372,11 +373,11 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         use_xla = (
             platform is None
             or where is not None
-            # There is nothing to evaluate, and nothing to spread over devices.
+            # Nothing to compute, and nothing to shard.
             or any(size == 0 for aval in avals for size in aval.shape)
-            # An exported program runs where this package is not.
+            # An exported program may run without this package.
             or (implementation is None and context.module_context.lowering_parameters.for_export)
-            # None is the fastest that was measured, and the CUDA kernel has not been yet.
+            # None selects the fastest one measured; the CUDA kernel has not been measured yet.
             or (implementation is None and platform == "cuda")
             or missing(platform) is not None
         )
