@@ -1,12 +1,12 @@
-"""How the primitive becomes a call of its FFI target: as it stands, or spread over devices.
+"""Lowers the primitive to a call of its FFI target, on one device or sharded over several.
 
-Left alone, XLA's partitioner gathers the operands of a call on every device. It can split a call
-along leading dimensions that operands and results have in common. So in a program for several
-devices each dimension that may be spread becomes a leading one, those that are summed included: the
-last of them, of size d, is seen as (g, d / g), where g is the largest number of equal parts that
-the devices can ask for, and all that follows g is a block. The kernel sums blocks, and XLA adds up
-their sums, on each device and then across devices. How the operands lie is not known here: it is
-XLA that propagates it, later.
+By default, XLA's partitioner gathers the operands of a call on every device. It can split a call
+along leading dimensions that operands and results share. So in a program for several devices, each
+dimension that may be sharded becomes a leading one, including summed dimensions: the last of them,
+of size d, is reshaped to (g, d / g), where g is the largest number of equal parts that the devices
+can require, and everything after g is a block. The kernel sums blocks, and XLA adds their sums, on
+each device and then across devices. The operands' shardings are not known here: XLA propagates them
+later.
 """
 
 import functools
@@ -26,16 +26,16 @@ from jax.sharding import AbstractMesh
 
 from jax_bce._reference import in_two_parts
 
-# A sum for each part of a row is not worth it where parts have fewer elements, and rows are more,
-# than that. Where such rows are spread over devices nevertheless, XLA gathers them.
+# Summing parts of rows is not worth it if parts have fewer elements, and there are more rows, than
+# this. If such rows are sharded nevertheless, XLA gathers them.
 _NARROW, _MANY_ROWS = 32, 4096
 
-# What an operand behind the first four may be; its place here is its bit in the attribute
-# "modifiers" (csrc/bce_problem.h, csrc/ffi_common.h).
+# The possible operands after the first four. The index here is the bit in the attribute "modifiers"
+# (csrc/bce_problem.h, csrc/ffi_common.h).
 _DIVISOR = ("divisor", "divisor_low")
 MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *_DIVISOR)
 
-# How many float64 numbers a kernel needs beside its results, for so many rows of so many columns.
+# The number of float64 numbers that a kernel needs besides its results, given rows and columns.
 Workspace = Callable[[Any, Any], Any]
 
 
@@ -48,13 +48,13 @@ def why_no_call(
     reduced_rank: int,
     count: int,
 ) -> str | None:
-    """Where or for what the primitive cannot be a call, None if it can: handlers tell `refusal`."""
+    """Why the primitive cannot be a call, or None if it can; `refusal` is the handlers' check."""
     if _devices(context) > 1:
-        # What is seen in blocks has two ways of broadcasting at most.
+        # In blocks, operands are broadcast in at most two ways: no refusal is possible.
         return "symbolic sizes on several devices" if _is_symbolic(context) else None
 
     def arrays(avals: Sequence[Any]) -> list[tuple[str, list[int]]]:
-        """All that matters of a symbolic size is that it may not be 1."""
+        """Symbolic sizes become 2: it only matters that they may differ from 1."""
         sizes = [[size if isinstance(size, int) else 2 for size in aval.shape] for aval in avals]
         return [(aval.dtype.name, size) for aval, size in zip(avals, sizes, strict=True)]
 
@@ -68,13 +68,13 @@ def why_no_call(
 
 
 def _is_symbolic(context: mlir.LoweringRuleContext) -> bool:
-    """Whether sizes are left open, in jax.export."""
+    """Whether some sizes are symbolic, in jax.export."""
     avals: Sequence[Any] = context.avals_in
     return not all(isinstance(size, int) for aval in avals for size in aval.shape)
 
 
 def _summed(kind: str, reduced_rank: int) -> int:
-    """A gradient alone needs no rows, and without them the kernel is faster."""
+    """The reduced rank for the kernel: 0 for a gradient alone, which is faster without rows."""
     return reduced_rank if kind != "grad" else 0
 
 
@@ -93,8 +93,8 @@ def ffi_call(
     reduced_rank: int,
     count: int,
 ) -> Any:
-    """The results of the primitive by the target's kernel."""
-    if kind == "total":  # which a kernel gives in float64
+    """The results of the primitive, computed by the target's kernel."""
+    if kind == "total":  # the kernel returns float64
         context, in_parts = _wide_result(context)
     summed = _summed(kind, reduced_rank)
     avals: Sequence[Any] = context.avals_in
@@ -115,7 +115,7 @@ def ffi_call(
 def _wide_result(
     context: mlir.LoweringRuleContext,
 ) -> tuple[mlir.LoweringRuleContext, Callable[..., Any]]:
-    """The context of a call with one float64 result, and what makes two parts of it."""
+    """The context of a call with one float64 result, and a function that splits the result."""
     part: Any = context.avals_out[0]
     wide = [ShapedArray(part.shape, np.dtype(np.float64))]
     replace: Any = context.replace
@@ -129,7 +129,7 @@ def _wide_result(
 
 
 def _devices(context: mlir.LoweringRuleContext) -> int:
-    """Over how many devices XLA spreads the program; in a shard_map, over the axes left to XLA."""
+    """The number of devices over which XLA shards the program; in a shard_map, its auto axes."""
     where: Any = context.module_context.axis_context
     if hasattr(where, "num_devices"):
         return int(where.num_devices)
@@ -148,9 +148,9 @@ def _emit(
     numbers: dict[str, np.int64],
     batch: Sequence[int] = (),
 ) -> Any:
-    """One custom call, whose last result is a workspace of that shape, unless it is empty.
+    """One custom call. Its last result is a workspace of that shape, unless it is empty.
 
-    `batch` are the leading dimensions along which XLA may split it.
+    XLA may split the call along the leading dimensions `batch`.
     """
     results: list[Any] = list(context.avals_out)
     if math.prod(workspace):
@@ -168,7 +168,7 @@ def _emit(
 
 
 def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[int, ...]:
-    """The shape as leading dimensions and one block, of size 1 where nothing is summed.
+    """The shape as leading dimensions and one block, which has size 1 if nothing is summed.
 
     The number of equal parts of a dimension divides both its size and the number of devices.
     """
@@ -183,7 +183,7 @@ def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[
 
 
 def _sharding_rule(batch: Sequence[int], operands: Any, results: Any) -> ir.Attribute:
-    """For Shardy: the leading dimensions are common to all, any other one is alone."""
+    """The rule for Shardy: all arrays share the leading dimensions, and no others."""
     sizes = list(batch)
 
     def mapping(array: Any) -> ir.Attribute:
@@ -210,22 +210,22 @@ def _in_blocks(
     sums: bool,
     numbers: dict[str, np.int64],
 ) -> Any:
-    """The call with the operands seen as `split` in place of their shape; a block is its last."""
+    """The call with the operands reshaped to `split`, whose last dimension is a block."""
     avals_in: Sequence[Any] = context.avals_in
     avals_out: Sequence[Any] = context.avals_out
     batch, block = split[:-1], split[-1]
-    # How many leading dimensions of the shape are none of the block's.
+    # The number of leading dimensions of the shape that are not part of the block.
     apart = next((d for d in range(len(batch)) if shape[d] != batch[d]), len(batch))
 
     def view(operand: Array) -> Array:
-        """One for each element, unless the elements of a block have one in common."""
+        """One value per element, or one per block if its elements share a value."""
         if math.prod(operand.shape[apart:]) > 1:
             return jnp.broadcast_to(operand, shape).reshape(split)
         own = operand.reshape(*operand.shape[:apart], *(1,) * (len(split) - apart))
         return jnp.broadcast_to(own, (*batch, 1))
 
     def enter(logits: Array, *others: Array) -> list[Array]:
-        """A number for all is a scalar, which each device has; the rest is as wide as the batch."""
+        """A single number becomes a scalar on each device; the others get the batch dimensions."""
         logits = jnp.broadcast_to(logits, shape).reshape(split)
         return [logits, *(x.reshape(()) if x.size == 1 else view(x) for x in others)]
 
@@ -240,13 +240,13 @@ def _in_blocks(
             return jnp.sum(blocks, axis=tuple(range(aval.ndim, blocks.ndim))).astype(aval.dtype)
 
     def split_result(aval: Any) -> ShapedArray:
-        """Sums of blocks are float64: the loss is rounded once, when they are added up."""
+        """Sums of blocks are float64: the loss is rounded only once, after they are added."""
         if aval.ndim == len(shape):
             return ShapedArray(split, aval.dtype)
         return ShapedArray(batch, np.dtype(np.float64))
 
     replace: Any = context.replace
-    # Also on an explicit mesh, how these views are spread is left to the partitioner.
+    # Even on an explicit mesh, the partitioner chooses the shardings of these views.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals_in]
         entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *plain)]
