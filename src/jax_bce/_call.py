@@ -50,7 +50,7 @@ def why_no_call(
 ) -> str | None:
     """Why the primitive cannot be a call, or None if it can; `refusal` is the handlers' check."""
     if _devices(context) > 1:
-        # In blocks, operands are broadcast in at most two ways: no refusal is possible.
+        # In blocks, operands are broadcast in at most two ways, which is always supported.
         return "symbolic sizes on several devices" if _is_symbolic(context) else None
 
     def arrays(avals: Sequence[Any]) -> list[tuple[str, list[int]]]:

@@ -1,14 +1,14 @@
-"""The whole operation in plain jnp: its definition, every platform's fallback, derivatives.
+"""The whole operation in plain jnp: its definition, the fallback on all platforms, derivatives.
 
-One element has a logit x, a label y, smoothed by s, y <- y (1 - s) + s / 2, and a weight q of the
-positive class. With n = 1 - y, p = q y, e = exp(-|x|) and c = (n if x >= 0 else p):
+An element has a logit x, a label y, smoothed by s, y <- y (1 - s) + s / 2, and a positive-class
+weight q. With n = 1 - y, p = q y, e = exp(-|x|) and c = (n if x >= 0 else p):
 
     loss     = n log(1 + exp(x)) + p log(1 + exp(-x)) = (n + p) log1p(e) + c |x|
     gradient = n sigmoid(x) - p sigmoid(-x)           = sign(x) (c - (n + p) e / (1 + e))
     hessian  = (n + p) sigmoid(x) sigmoid(-x)
 
-None subtracts nearly equal numbers, and a coefficient 0 of an infinite |x| is selected, not
-multiplied. `csrc/bce_math.h` evaluates the same lines and carries their rounding errors along.
+None of these subtracts nearly equal numbers, and if an infinite |x| has the coefficient 0, the
+product is set to 0. `csrc/bce_math.h` evaluates the same lines and also tracks rounding errors.
 """
 
 import functools
@@ -20,28 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# exp of it, and a few times that, is finite in float32.
+# exp(80), and a few times that, is finite in float32.
 _EXPONENT = 80
-# exp(-it) is 0, also in float64: no power of a probability changes beyond a logit of that size.
+# exp(-_FAR) is 0, even in float64: beyond such a logit, powers of probabilities do not change.
 _FAR = 2.0**20
-# 2 to the power of it turns each subnormal number into a normal one, in float32 and in float64.
+# Multiplying by 2**_UP makes every subnormal number normal, in float32 and in float64.
 _UP = 64
 _LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
 _Four = tuple[Array, Array, Array, Array]
-# exp of it, and of any small part of it, is 0; 0 times it is 0.
+# The exponential of this, or of any small fraction of it, is 0; 0 times this is 0.
 _NOTHING = -1e9
 
 
 def arithmetic_dtype(logits_dtype: np.dtype) -> np.dtype:
-    """float64 for float64 logits, else float32."""
+    """Returns float64 for float64 logits, else float32."""
     return np.dtype(np.float64 if logits_dtype == np.float64 else np.float32)
 
 
 class Elements(NamedTuple):
-    """What enters the formulas, in the arithmetic's type; None where there is nothing to do.
+    """The inputs of the formulas, in the arithmetic's dtype; None for options that are not used.
 
-    In the place of an element that does not exist stand a harmless logit, a label of 0 and a weight
-    of 0: whatever was there, its loss and its derivatives are 0.
+    Dropped elements are replaced by a harmless logit, a label of 0 and a weight of 0, so that their
+    loss and derivatives are 0, whatever their values were.
     """
 
     logits: Array
@@ -52,7 +52,7 @@ class Elements(NamedTuple):
     keep: Array | None
 
     def select(self, values: Array, otherwise: float = 0) -> Array:
-        """The values of elements that exist."""
+        """The values, with those of dropped elements replaced by `otherwise`."""
         return values if self.keep is None else jnp.where(self.keep, values, otherwise)
 
     def weighted(self, values: Array) -> Array:
@@ -67,7 +67,7 @@ def elements(
     modifiers: Mapping[str, Array],
     absent: float = 0,
 ) -> Elements:
-    """The elements of operands that have one rank; `absent` is the logit of those that are not."""
+    """The elements of operands of one rank; `absent` replaces the logits of dropped elements."""
     wide = arithmetic_dtype(logits.dtype)
     keep = modifiers.get("where")
     if "ignore_label" in modifiers:
@@ -94,7 +94,7 @@ def elements(
 
 
 def _same(labels: Array, ignored: Array) -> Array:
-    """Whether labels are a number that is not NaN; by their bits, as XLA reads subnormals as 0."""
+    """Whether labels equal a number; NaN never does. Compares bits: XLA treats subnormals as 0."""
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         return labels == ignored
     bits = np.dtype(f"u{labels.dtype.itemsize}")
@@ -104,20 +104,20 @@ def _same(labels: Array, ignored: Array) -> Array:
 
 @jax.custom_jvp
 def times(coefficient: Array, values: Array) -> Array:
-    """The product, in which a coefficient of 0 wins over an infinite value."""
+    """The product; 0 if the coefficient is 0 and the value is infinite."""
     return coefficient * jnp.where((coefficient == 0) & jnp.isinf(values), 0, values)
 
 
 @times.defjvp
 def _times_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """An infinite value has no part in it, as the coefficient that meets one is at its limit."""
+    """Ignores infinite values: a coefficient that is multiplied by one is at its limit."""
     (coefficient, values), (coefficient_dot, values_dot) = primals, tangents
     finite = jnp.where(jnp.isinf(values), 0, values)
     return times(coefficient, values), coefficient_dot * finite + coefficient * values_dot
 
 
 def magnitude(x: Array) -> Array:
-    """|x|, whose derivative at 0 is 1, so that what is smooth there has the right ones."""
+    """|x| with derivative 1 at 0, so that functions that are smooth there get the right one."""
     return jnp.where(x >= 0, x, -x)
 
 
@@ -127,13 +127,13 @@ def softplus(x: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), whose derivative, unlike JAX's, does not vanish where it rounds to 1."""
+    """1 / (1 + exp(-x)). Unlike for JAX's, the derivative is not 0 if the value rounds to 1."""
     e = jnp.exp(-magnitude(x))
     return jnp.where(x >= 0, 1, e) / (1 + e)
 
 
 def _positive(y: Array, pos_weight: Array) -> Array:
-    """q y; a label of 0 has no part that q, whatever it is, could multiply."""
+    """q y, which is 0 for a label of 0, even if q is infinite or NaN."""
     return y * jnp.where((y == 0) & ~jnp.isfinite(pos_weight), 0, pos_weight)
 
 
@@ -161,7 +161,7 @@ def element_gradient(element: Elements) -> Array:
 
 
 def element_hessian(element: Elements) -> Array:
-    """The second derivative; smooth, so that it has a third."""
+    """The second derivative, in a smooth form that has a third."""
     _, total = _coefficients(element)
     return total * (jax.nn.sigmoid(element.logits) * jax.nn.sigmoid(-element.logits))
 
@@ -184,7 +184,7 @@ def by_pos_weight(element: Elements) -> tuple[Array, Array]:
 
 
 def _bounded(x: Array) -> Array:
-    """The logit that a power is formed from: a larger one would overflow in a derivative."""
+    """The logit, bounded for use in a power: a larger one would overflow in a derivative."""
     return jnp.where(jnp.abs(x) < _FAR, x, jnp.copysign(_FAR, x))
 
 
@@ -198,10 +198,10 @@ def _above(x: Array, clip: Array) -> tuple[Array, Array]:
 def _mixture(x: Array, y: Array, n: Array, clip: Array) -> _Four:
     """log b, sigmoid(-x) / b, p / b and 1 / b of b = y sigmoid(-x) + n p.
 
-    Here p = max(sigmoid(x) - clip, 0). The derivatives of the four are products of them: 1 / b^2,
-    which may overflow where they do not, is never formed. Without a clip b is (c + d e) / (1 + e),
-    where c = n and d = y if x >= 0, and the other way round if not. Where c = 0, d is 1, and e,
-    which may be 0, is not divided by. What is infinite there is limited to the exponential of 80.
+    Here p = max(sigmoid(x) - clip, 0). The derivatives of the four are products of the four: 1 /
+    b^2, which may overflow when they do not, is never formed. Without a clip, b is (c + d e) / (1 +
+    e), where c = n and d = y if x >= 0, and vice versa otherwise. If c = 0, d is 1, and there is no
+    division by e, which may be 0. Infinite values there are limited to exp(80).
     """
     positive, a = x >= 0, magnitude(x)
     e = jnp.exp(-a)
@@ -235,7 +235,7 @@ def _mixture_jvp(primals: _Four, tangents: _Four) -> tuple[_Four, _Four]:
     results = _, by_y, by_n, inverse = _mixture(*primals)
     p, m = sigmoid(x), sigmoid(-x)
     above, _ = _above(x, clip)
-    # p m / b, with m = 1 - p, by the one of the two that is not limited.
+    # p m / b, with m = 1 - p, computed from the share that is not limited.
     ratio = jnp.where((x >= 0) | (clip != 0), p * by_y, m * by_n)
     of_p = jnp.where(above, ratio, 0) * x_dot - jnp.where(above, inverse, 0) * clip_dot
     slope = jnp.where(above, n - y, -y) * ratio
@@ -265,8 +265,8 @@ def asymmetric_loss(
     """(1 - p_t)^gamma (-y log(p) - (1 - y) log(1 - p_m)), p = sigmoid(x), p_m = max(p - clip, 0).
 
     Here 1 - p_t = y (1 - p) + (1 - y) p_m and gamma = y gamma_pos + (1 - y) gamma_neg. Logarithms
-    of numbers that may vanish are formed from the logit: log(p) = -softplus(-x), and, of a p_m near
-    1, log(1 - p_m) = log(sigmoid(-x) + clip).
+    of numbers that may be close to 0 are computed from the logit: log(p) = -softplus(-x), and, for
+    p_m near 1, log(1 - p_m) = log(sigmoid(-x) + clip).
     """
     x, y, n = element.logits, element.labels, element.complements
     _, shifted = _above(x, clip)
@@ -285,7 +285,7 @@ def asymmetric_loss(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scaled_up(x: Array, exponent: int) -> Array:
-    """x times 2^exponent, also of a subnormal x, which XLA's arithmetic takes for 0 on a CPU."""
+    """x times 2^exponent, even for subnormal x, which XLA's arithmetic on a CPU treats as 0."""
     info = np.finfo(x.dtype)
     unsigned = np.dtype(f"u{x.dtype.itemsize}").type
     bits = jax.lax.bitcast_convert_type(x, unsigned)
@@ -307,7 +307,7 @@ def _scaled_up_jvp(
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b, and what its rounding lost (Knuth)."""
+    """a + b and its rounding error (Knuth)."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
@@ -317,16 +317,16 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def _log_of_probability(complement: bool, order: int, p: Array, shift: Array) -> Array:
     """log(p + shift), or log(1 - p + shift), or its derivative of that order in the shift.
 
-    Neither sum is rounded before its logarithm is taken. Where p is outside [0, 1] all is NaN. The
-    derivatives are at most the largest number of bfloat16 (of float64 in float64): finite, so that
-    a coefficient of 0 drops them.
+    Neither sum is rounded before its logarithm is taken. If p is outside [0, 1], the result is NaN.
+    The derivatives are at most the largest bfloat16 number (float64 number in float64): they are
+    finite, so that a coefficient of 0 drops them.
     """
     wide = p.dtype
     outside = ~((scaled_up(p, _UP) >= 0) & (p <= 1)) | jnp.isnan(shift)
-    # No constants from here on: XLA would reorder their sums, and lose what rounding lost.
+    # No constants from here on: XLA would reorder their sums, which loses the rounding errors.
     one, p, shift = (jnp.where(outside, np.nan, v).astype(wide) for v in (1, p, shift))
     term, low = _two_sum(one, -p) if complement else (p, one - one)
-    # A sum of what may be subnormal is formed, and inverted, 2^64 times as large.
+    # Sums that may be subnormal are computed, and inverted, 2^64 times as large.
     small = jnp.maximum(term, shift) < 2.0**-_UP
     unit = jnp.where(small, wide.type(2.0**_UP), one)
     total, rest = _two_sum(*(jnp.where(small, scaled_up(v, _UP), v) for v in (term, shift)))
@@ -352,10 +352,10 @@ def _log_of_probability_jvp(
 
 
 def _clip(p: Array, low: Array, high: Array) -> Array:
-    """p between low and high.
+    """p, clipped to [low, high].
 
-    On a CPU a minimum or a maximum would turn subnormal numbers into 0, and a comparison of p that
-    selects p is compiled to one. So others are compared.
+    On a CPU, a minimum or maximum would flush subnormal numbers to 0, and XLA compiles a comparison
+    of p that selects p to one. So scaled numbers are compared instead.
     """
     up, up_low, up_high = (scaled_up(number, _UP) for number in (p, low, high))
     return jnp.where(up < up_low, low, jnp.where(up > up_high, high, p))
@@ -364,7 +364,7 @@ def _clip(p: Array, low: Array, high: Array) -> Array:
 def loss_of_probabilities(element: Elements, epsilon: Array | None, log_epsilon: Array) -> Array:
     """-q y log(p + log_epsilon) - (1 - y) log(1 - p + log_epsilon) of probabilities p.
 
-    They stand in the logits' place, and are clipped to [epsilon, 1 - epsilon] first.
+    They take the place of the logits, and are first clipped to [epsilon, 1 - epsilon].
     """
     p, y, n = element.logits, element.labels, element.complements
     if epsilon is not None:
@@ -384,7 +384,7 @@ def sum_trailing(values: Array, reduced_rank: int) -> Array:
 def divide(
     values: Array, scale: Array, count: int, divisor: Array | None, reduced_rank: int = 0
 ) -> Array:
-    """scale / count / divisor times values, without the last dimensions of both; 0 where one is."""
+    """values * scale / count / divisor, in the shape of values; 0 if scale or divisor is 0."""
 
     def of_result(number: Array) -> Array:
         return number.reshape(number.shape[: number.ndim - reduced_rank])
@@ -395,7 +395,8 @@ def divide(
     if divisor is not None:
         by = of_result(divisor)
         drops = drops | (by == 0)
-        # Of a constant XLA would take the reciprocal, and flush that of a large one: this is none.
+        # XLA would multiply by the reciprocal of a constant, and flush it to 0 for a large one.
+        # This divisor is not constant.
         by = jnp.where(jnp.isnan(values), np.nan, jnp.where(by == 0, 1, by))
         values = values / by
     return jnp.where(drops, 0, values)
@@ -404,7 +405,7 @@ def divide(
 def sum_of_weights(
     element: Elements, shape: tuple[int, ...], reduced_rank: int, count: int
 ) -> list[Array]:
-    """The sum of the weights of what exists, by count, and what its rounding lost."""
+    """The sum of the weights of elements not dropped, divided by count, and its rounding error."""
     weight = jnp.ones((), element.logits.dtype) if element.weight is None else element.weight
     with jax.enable_x64(True):
         weight = jnp.broadcast_to(weight, shape).astype(np.float64)
@@ -412,12 +413,12 @@ def sum_of_weights(
 
 
 def in_two_parts(number: Array, dtype: np.dtype) -> list[Array]:
-    """A number of a wider dtype, rounded, and what that lost."""
+    """A number of a wider dtype: its rounded value, and the rounding error."""
     high = number.astype(dtype)
     low = (number - high.astype(number.dtype)).astype(dtype)
     low = jnp.where(jnp.isfinite(high), low, 0)
     if number.dtype == np.float64 and dtype == np.float32:
-        # XLA would flush what is subnormal in float32: its bits are how many times 2^-149 it is.
+        # XLA would flush float32 subnormals: use their bits, which are the multiple of 2^-149.
         multiple = jnp.rint(jnp.abs(number) * 2.0**149)
         tiny = multiple < 2**23
         bits = jnp.where(tiny, multiple, 0).astype(np.uint32)
