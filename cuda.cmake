@@ -100,7 +100,9 @@ add_custom_command(
           -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
           -c ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu -o ${OBJECT}
   VERBATIM COMMAND_EXPAND_LISTS)
-pybind11_add_module(_cuda csrc/ffi_cuda.cc ${OBJECT})
+pybind11_add_module(_cuda NO_EXTRAS csrc/ffi_cuda.cc ${OBJECT})
+target_compile_options(_cuda PRIVATE -O1)
+target_link_options(_cuda PRIVATE -s)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})
 target_compile_definitions(
   _cuda PRIVATE "BCE_CUDA_MACHINE_CODE=${ARCHITECTURES}" "BCE_CUDA_PTX=${PTX}")
