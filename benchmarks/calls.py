@@ -32,6 +32,7 @@ from rich.table import Table
 import jax_bce
 
 Function = Callable[..., object]
+WARM_UP = 5
 IMPORT = (
     "import jax, time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 )
@@ -83,14 +84,17 @@ def seconds_of(calls: dict[str, Function], seconds: float) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     number, names = {}, list(calls)
     for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        number[name] = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
+        for _ in range(WARM_UP):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            last = time.perf_counter() - start
+        number[name] = max(1, round(SAMPLE_SECONDS / last))
     end = time.perf_counter() + seconds
     while len(times[names[-1]]) < 7 or time.perf_counter() < end:
         names.append(names.pop(0))
         for name in names:
+            for _ in range(WARM_UP):  # the caches hold what was called before
+                jax.block_until_ready(calls[name]())
             start = time.perf_counter()
             for _ in range(number[name]):
                 jax.block_until_ready(calls[name]())

@@ -26,6 +26,15 @@ LINES = {
     "PyTorch": {"marker": "D", "linestyle": (0, (5, 1, 1, 1))},
 }
 COPY = "copy of the same bytes"
+CALLS = (
+    ("the mean loss, eager", "loss", "eager"),
+    ("with weights and a mask, eager", "loss, weight, where", "eager"),
+    ("focal loss, eager", "focal_loss", "eager"),
+    ("the mean loss, in `jax.jit`", "loss", "jitted"),
+    ("loss and gradient, in `jax.jit`", "value_and_grad(loss)", "jitted"),
+    ("compiling loss and gradient", "value_and_grad(loss)", "compile"),
+    ("the import, after jax", "import", "import"),
+)
 # The text of a page between `<!-- speed.py: NAME -->` and `<!-- end -->`.
 MARKED = re.compile(r"(<!-- speed\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -51,6 +60,20 @@ def times(record: list[dict], case: str, memory: str) -> Times:
         elif name.startswith("copy"):  # the best number of threads
             row[COPY] = min(nanoseconds, row.get(COPY, nanoseconds))
     return dict(sorted(found.items()))
+
+
+def calls() -> list[str]:
+    """A Markdown table of the newest `cpu-calls-DATE.jsonl`: overhead, compilation, import."""
+    path = max((ROOT / "benchmarks" / "results").glob("cpu-calls-*.jsonl"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {(line["call"], line["case"], line["implementation"]): line for line in lines}
+    rows = ["| | jax_bce | optax |", "| --- | ---: | ---: |"]
+    for text, call, case in CALLS:
+        ours, peer = (found[call, case, name]["median_us"] for name in ("jax_bce", "optax"))
+        unit, size = ("µs", 1) if peer < 1e4 else ("ms", 1e3)
+        cells = (f"{ours / size:,.0f} {unit}", f"{peer / size:,.0f} {unit} ({peer / ours:.1f}x)")
+        rows.append(f"| {text} | {' | '.join(cells)} |")
+    return rows
 
 
 def where(record: list[dict]) -> str:
@@ -128,6 +151,7 @@ def texts(record: list[dict]) -> dict[str, str]:
         "small": table(small, peers, microseconds=True),
         "value": table(times(record, value, "fresh"), [*peers, COPY]),
         "warm": table(times(record, both, "warm"), [*peers, COPY]),
+        "calls": calls(),
     }
     words = {"where": textwrap.fill(where(record), 98), "ratios": textwrap.fill(ratios(fresh), 98)}
     return words | {name: "\n".join(lines) for name, lines in tables.items()}

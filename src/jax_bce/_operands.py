@@ -258,6 +258,11 @@ _RANGES = {
 
 def ranged(name: str, value: ArrayLike) -> AnyArray:
     """One number or several; raises if a known one is outside the range for this name."""
+    # NumPy takes microseconds for each step with one number, and an eager call has several.
+    return (_ranged_number if isinstance(value, int | float) else _ranged)(name, value)
+
+
+def _ranged(name: str, value: ArrayLike) -> AnyArray:
     text, holds, fix = _RANGES[name]
     if value is None:
         raise TypeError(f"{name} must be a number, {text}, got None: {fix}.")
@@ -270,3 +275,6 @@ def ranged(name: str, value: ArrayLike) -> AnyArray:
         where = f" at {list(at)}" if at else ""
         raise ValueError(f"{name} must be {text}, got {numbers[at]!s}{where}: {fix}.")
     return array
+
+
+_ranged_number = functools.lru_cache(maxsize=256, typed=True)(_ranged)
