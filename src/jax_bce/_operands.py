@@ -259,7 +259,9 @@ _RANGES = {
 def ranged(name: str, value: ArrayLike) -> AnyArray:
     """One number or several; raises if a known one is outside the range for this name."""
     # NumPy takes microseconds for each step with one number, and an eager call has several.
-    return (_ranged_number if isinstance(value, int | float) else _ranged)(name, value)
+    if isinstance(value, int | float):
+        return _ranged_number(name, value)
+    return _ranged(name, value)
 
 
 def _ranged(name: str, value: ArrayLike) -> AnyArray:
