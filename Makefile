@@ -61,6 +61,11 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
+# Whether every build requirement has a wheel for each Python that JAX supports.
+.PHONY: pins
+pins: $(VENV)/.test
+	$(RUN) tests/pins.py
+
 # Every float32 logit and every 16-bit one: about three minutes on two cores.
 exhaustive: $(VENV)/.test
 	$(RUN) tests/exhaustive.py
