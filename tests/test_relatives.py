@@ -966,6 +966,15 @@ def test_clipped_probabilities(check) -> None:
     assert np.isnan(compiled(jax_bce.loss_from_probs, np.float32(-0.1), labels=1))
 
 
+def test_clipped_at_a_subnormal_number(check) -> None:
+    probs = np.array([0, 1e-45, 1e-41, 1e-39, 0.5], FLOAT32)
+    epsilon = np.float32(1e-40)
+    of = partial(jax_bce.loss_from_probs, labels=1, epsilon=epsilon, reduction="none")
+    exact_losses = -np.log(np.maximum(probs, epsilon).astype(np.float64))
+    check.ulps("clipped at a subnormal", of(probs), exact_losses, oracle.ARITHMETIC)
+    check.ulps("clipped at a subnormal", compiled(of, probs), exact_losses, oracle.ARITHMETIC)
+
+
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 def test_16_bit_probabilities_are_clipped_in_float32(dtype: np.dtype) -> None:
     """1 - 1e-7 is 1 in 16 bits, and 1 - p then 0, whose logarithm Keras takes."""

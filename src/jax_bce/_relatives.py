@@ -204,7 +204,7 @@ def loss_from_probs(
       labels: as for `loss`.
       epsilon: If None, the logarithms are exact and may be infinite. If a number, p is first
         clipped to [epsilon, 1 - epsilon] in float32 or wider; the gradient of a clipped p is 0.
-        Keras 3 uses 1e-7. On a CPU, XLA treats a subnormal epsilon as 0.
+        Keras 3 uses 1e-7. It may be subnormal.
       log_epsilon: added inside both logarithms, whose arguments are not rounded. tf.keras 2 uses
         1e-7 for both epsilons.
       pos_weight: as for `loss`.
