@@ -136,6 +136,21 @@ def test_is_one_compiled_call(traced: list[str]) -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, "grad_and_hess"])
+def test_an_array_of_numpy_may_be_changed_after_the_call(name: str) -> None:
+    """jit may read it later, and in place if it is aligned."""
+    function = getattr(jax_bce, name)
+    size = 2**20
+    memory = np.empty(4 * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    logits = memory[start : start + 4 * size].view(np.float32)
+    logits[:] = 0.5
+    expected = bits(function(jnp.array(logits), 1))
+    result = function(logits, 1)
+    logits[:] = 0.25
+    assert bits(result) == expected
+
+
 def test_where_jit_is_switched_off() -> None:
     expected = jax_bce.loss(LOGITS, LABELS, where=WHERE)
     with jax.disable_jit():

@@ -74,8 +74,14 @@ def evaluate(function: Callable[..., Result], arguments: Arguments, *static: obj
     """
     # The debug check compiles its own parts, and reports the line that called.
     run = _run if _check.is_on() else _compiled
-    result: Result = run(function, static, arguments.options, arguments.arrays)
+    arrays = {name: _owned(array) for name, array in arguments.arrays.items()}
+    result: Result = run(function, static, arguments.options, arrays)
     return result
+
+
+def _owned(array: AnyArray) -> AnyArray:
+    """An array that the user cannot change while the call runs: jit reads NumPy's in place."""
+    return array if isinstance(array, Array) else array.copy()
 
 
 def _run(
