@@ -1,6 +1,6 @@
 """jax_bce.keras against Keras itself: the same numbers where Keras is right, exact ones where not.
 
-`DIFFERENCES` holds both values of each place that differs on purpose: a Keras that mends itself
+`DIFFERENCES` holds both values of each place that differs on purpose: a Keras that fixes itself
 shows up here.
 """
 

@@ -217,8 +217,8 @@ def test_what_does_not_fit_together_is_refused(
     logits, labels = put(explicit, inputs(), of_logits, of_labels)
     with pytest.raises(ValueError, match=r"'data'.* and labels as .* jax\.sharding\.reshard"):
         transform(jax_bce.loss)(logits, labels)
-    mended = jax.sharding.reshard(labels, jax.typeof(logits).sharding)
-    assert_same(jax_bce.loss(logits, mended), on_one_device("mean")["loss"])
+    fixed = jax.sharding.reshard(labels, jax.typeof(logits).sharding)
+    assert_same(jax_bce.loss(logits, fixed), on_one_device("mean")["loss"])
 
 
 UNEVEN = [

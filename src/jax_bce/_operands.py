@@ -259,7 +259,7 @@ _RANGES = {
 def ranged(name: str, value: ArrayLike) -> AnyArray:
     """One number or several; raises if a known one is outside the range for this name."""
     # NumPy takes microseconds for each step with one number, and an eager call has several.
-    if isinstance(value, int | float):
+    if type(value) is int or type(value) is float:
         return _ranged_number(name, value)
     return _ranged(name, value)
 
