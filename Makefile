@@ -90,16 +90,15 @@ find = $(shell for python in $(PYTHON) python$(1) "$$(pyenv root)"/versions/$(1)
 	$(foreach version,$(or $(firstword $($*)),$*),$(or $(call find,$(version)),$(error \
 	  There is no Python $(version), neither on the PATH nor among pyenv's)) -m venv .venv-$*)
 
-# A wheel serves until the sources change, or JAX_BCE_CUDA or CUDAARCHS ask for another.
-ASKED := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS)
-ifneq ($(JAX_BCE_CUDA)$(CUDAARCHS),)
-$(shell mkdir -p build; echo '$(ASKED)' | cmp -s - build/.asked || echo '$(ASKED)' >build/.asked)
-endif
-
-build/wheel-%/.built: .venv-%/bin/python $(SOURCES) $(wildcard build/.asked)
+# A wheel serves until the sources change, or JAX_BCE_CUDA or CUDAARCHS ask for another. The environment
+# that pip builds it in is used once, so compiling its modules to bytecode would only take time.
+asked := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS)
+another = $(if $(JAX_BCE_CUDA)$(CUDAARCHS),$(if $(subst =$(file <$(1)),,=$(asked)),FORCE))
+.PHONY: FORCE
+build/wheel-%/.built: .venv-%/bin/python $(SOURCES) $$(call another,build/wheel-$$*/.built)
 	rm -rf $(@D)
-	$< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
-	touch $@
+	PIP_COMPILE=0 $< -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	echo '$(asked)' >$@
 
 dist/.repaired-%: $(VENV)/.wheels build/wheel-%/.built
 	mkdir -p dist

@@ -293,7 +293,7 @@ __device__ bool signs_of(const Quad<Bits>& labels, Bits one, uint32_t* signs) {
 template <class Scalar>
 __device__ Scalar rounded_once(Pair<Scalar> value, Type type) {
   value = fast_two_sum(value.high, value.low);
-  // As in bce_cpu.cc, bfloat16 does not need it.
+  // As in bce_cpu_loop.h, bfloat16 does not need it.
   if (type == Type::kF16) value.high = round_to_odd<Lane<Scalar>>(value.high, value.low);
   return value.high;
 }

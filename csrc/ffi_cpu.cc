@@ -75,15 +75,16 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
   // block.
   const int64_t rows_in_task = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, columns));
   const int64_t tasks = blocks > 1 ? rows * blocks : (rows + rows_in_task - 1) / rows_in_task;
+  const CpuLoop& loop = kernel->loop(problem);
   const auto run_task = [&](int64_t task) {
     if (blocks > 1) {
       const int64_t begin = task % blocks * kBlock;
       const double sum =
-          kernel->block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
+          loop.block(problem, task / blocks, begin, std::min(kBlock, columns - begin));
       if (problem.reduce) sums[task] = sum;
     } else {
       const int64_t first = task * rows_in_task;
-      kernel->rows(problem, first, std::min(rows, first + rows_in_task));
+      loop.rows(problem, first, std::min(rows, first + rows_in_task));
     }
   };
   // Passing work to another thread takes as long as a few blocks.
@@ -94,8 +95,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
     parallel_for(pool, tasks, run_task);
   }
   if (blocks > 1 && problem.reduce) {
-    for (int64_t row = 0; row < rows; ++row)
-      kernel->finish(problem, row, &sums[row * blocks], blocks);
+    for (int64_t row = 0; row < rows; ++row) loop.finish(problem, row, &sums[row * blocks], blocks);
   }
   return ffi::Error::Success();
 } catch (const std::exception& error) {

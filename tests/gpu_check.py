@@ -45,9 +45,9 @@ BUILD = ROOT / "build/gpu-check"
 SITE = BUILD / "site"
 KERNEL_TESTS = ROOT / "tests/cuda_kernel"
 NVCC = cuda_tool("nvcc") or "nvcc"
-# As in cuda.cmake; and bce_cpu.cc as in CMakeLists.txt.
+# As in cuda.cmake; and the CPU kernel's as in CMakeLists.txt.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Werror", "all-warnings"]
-NVCC_FLAGS += ["-DBCE_KERNEL=kBaselineKernel", '-DBCE_INSTRUCTION_SET=""', "-Xcompiler"]
+NVCC_FLAGS += ["-DBCE_INSTRUCTION_SET=baseline", "-Xcompiler"]
 NVCC_FLAGS += ["-Wall,-Wextra,-Wno-unknown-pragmas,-ffp-contract=off,-fno-math-errno"]
 if platform.machine() == "x86_64":
     NVCC_FLAGS[-1] += ",-march=x86-64-v3"
@@ -256,12 +256,12 @@ def loaded(check: Check) -> None:
 def driver(check: Check) -> None:
     """The kernels without XLA, under NVIDIA's sanitizers too."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "csrc/bce_cuda.cu", ROOT / "csrc/bce_cpu.cc"]
-    sources += [KERNEL_TESTS / "test.cc", KERNEL_TESTS / "device.cc"]
+    kernels = [ROOT / "csrc/bce_cuda.cu", *sorted((ROOT / "csrc").glob("bce_cpu_*.cc"))]
+    sources = [*kernels, KERNEL_TESTS / "test.cc", KERNEL_TESTS / "device.cc"]
     architecture = "-arch=sm_90" if check.dry_run else "-arch=native"
     commands = [[NVCC, *NVCC_FLAGS, architecture, "-c", *sources, "-odir", BUILD]]
     for name in ("test", "device"):
-        objects = [BUILD / f"{part}.o" for part in ("bce_cuda", "bce_cpu", name)]
+        objects = [BUILD / f"{part}.o" for part in (*(source.stem for source in kernels), name)]
         (BUILD / name).unlink(missing_ok=True)
         commands.append([NVCC, architecture, *objects, "-o", BUILD / name])
     script = " && ".join(shlex.join(map(str, command)) for command in commands)

@@ -41,11 +41,10 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
     ],
 )
 def test_source_on_the_host(cpu: str, tmp_path: Path, sanitizers: str, effort: int) -> None:
-    flags = [*FLAGS, "-DBCE_KERNEL=kBaselineKernel", '-DBCE_INSTRUCTION_SET=""']
-    flags += ["-I", str(KERNEL_TESTS / "on_host")]
+    flags = [*FLAGS, "-DBCE_INSTRUCTION_SET=baseline", "-I", str(KERNEL_TESTS / "on_host")]
     if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    sources = [SOURCES / "bce_cuda.cu", SOURCES / "bce_cpu.cc", KERNEL_TESTS / "test.cc"]
+    sources = [SOURCES / "bce_cuda.cu", *SOURCES.glob("bce_cpu_*.cc"), KERNEL_TESTS / "test.cc"]
     program = tmp_path / "test"
     subprocess.run(["g++", *flags, "-x", "c++", *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([program, str(effort)], capture_output=True, text=True, timeout=900)

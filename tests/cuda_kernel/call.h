@@ -254,18 +254,19 @@ struct Call {
 
 // What ffi_cpu.cc does, on one thread.
 inline std::vector<double> sums_of_blocks(const Problem& problem, int64_t row) {
+  const CpuLoop& loop = kBaselineKernel.loop(problem);
   std::vector<double> sums;
   for (int64_t begin = 0; begin < problem.columns(); begin += kBlock)
-    sums.push_back(
-        kBaselineKernel.block(problem, row, begin, std::min(kBlock, problem.columns() - begin)));
+    sums.push_back(loop.block(problem, row, begin, std::min(kBlock, problem.columns() - begin)));
   return sums;
 }
 
 inline void bce_cpu(const Problem& problem) {
-  if (problem.columns() <= kBlock) return kBaselineKernel.rows(problem, 0, problem.rows());
+  const CpuLoop& loop = kBaselineKernel.loop(problem);
+  if (problem.columns() <= kBlock) return loop.rows(problem, 0, problem.rows());
   for (int64_t row = 0; row < problem.rows(); ++row) {
     const std::vector<double> sums = sums_of_blocks(problem, row);
-    if (problem.reduce) kBaselineKernel.finish(problem, row, sums.data(), sums.size());
+    if (problem.reduce) loop.finish(problem, row, sums.data(), sums.size());
   }
 }
 

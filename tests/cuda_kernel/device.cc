@@ -130,7 +130,7 @@ double mean_of_large(const Call& period) {
   for (int64_t begin = 0; begin < kLarge; begin += kBlock)
     sum += kLarge - begin >= kBlock
                ? sums[begin % kPeriod / kBlock]
-               : kBaselineKernel.block(problem, 0, begin % kPeriod, kLarge - begin);
+               : kBaselineKernel.loop(problem).block(problem, 0, begin % kPeriod, kLarge - begin);
   return sum / kLarge;
 }
 

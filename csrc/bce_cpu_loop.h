@@ -3,15 +3,16 @@
 // cache. So the arithmetic is compiled once per scalar type instead of once per pair of dtypes, and
 // a tail is computed by the same instructions as the rest.
 //
-// This file is compiled once per instruction set, with BCE_KERNEL naming the table it defines.
-// Everything else has internal linkage: the linker must not share a function between the sets.
-#include "bce_cpu.h"
+// Each type of arithmetic has a source file, which is compiled once per instruction set. Everything
+// here has internal linkage: the linker must not share a function between the sets.
+#pragma once
 
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
 
+#include "bce_cpu.h"
 #include "bce_math.h"
 
 #if defined(__x86_64__)
@@ -707,7 +708,7 @@ class Inputs {
     return weighs ? Modified::kAny : Modified::kPositive;
   }
 
-  // Takes away the elements whose label, as stored, is to be ignored.
+  // Drops the elements whose label, as it is stored, is ignore_label.
   void ignore(const Span& span) {
     const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
     const int64_t element = span.row * problem_.columns() + span.column;
@@ -737,8 +738,8 @@ class Inputs {
   Span located_ = {-1, 0, 0, 0};  // whose segments these are
   int segments_ = 0;
   Segment segment_[kTile];
-  // Of the factors: whether they are there; all 0; whether one is 0, has a power, all are finite
-  // and not negative.
+  // Whether the factors are loaded, all are 0, one is 0, one has a power, and all are finite and
+  // not negative.
   bool loaded_ = false, dropped_, zeros_, powers_, tame_;
   double scale_[kTile], divisor_[kTile];  // of which the factors are made
   bool masked_;                           // by keep_
@@ -948,48 +949,44 @@ void rows(const Problem& problem, int64_t first, int64_t last) {
   }
 }
 
-// Calls f with the arithmetic's type and the results as template arguments.
+// Calls f with the results as template arguments.
 template <class F>
 BCE_INLINE auto specialize(const Problem& problem, F f) {
-  const auto for_results = [&](auto* scalar) {
-    using Yes = std::true_type;
-    using No = std::false_type;
-    if (!problem.loss.data) return f(scalar, No(), No(), Yes());
-    if (problem.reduce)
-      return problem.gradient.data ? f(scalar, Yes(), Yes(), Yes()) : f(scalar, Yes(), Yes(), No());
-    return problem.gradient.data ? f(scalar, No(), Yes(), Yes()) : f(scalar, No(), Yes(), No());
-  };
-  return problem.scale.type == Type::kF64 ? for_results(static_cast<double*>(nullptr))
-                                          : for_results(static_cast<float*>(nullptr));
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (!problem.loss.data) return f(No(), No(), Yes());
+  if (problem.reduce) return problem.gradient.data ? f(Yes(), Yes(), Yes()) : f(Yes(), Yes(), No());
+  return problem.gradient.data ? f(No(), Yes(), Yes()) : f(No(), Yes(), No());
 }
 
+template <class Scalar>
 double any_block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  return specialize(problem, [&](auto* scalar, auto reduce, auto loss, auto gradient) {
+  return specialize(problem, [&](auto reduce, auto loss, auto gradient) {
     const GradualUnderflow mode;
-    Evaluation<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient> evaluation(problem);
+    Evaluation<Scalar, reduce, loss, gradient> evaluation(problem);
     return block(evaluation, row, begin, size);
   });
 }
 
+template <class Scalar>
 void any_rows(const Problem& problem, int64_t first, int64_t last) {
-  specialize(problem, [&](auto* scalar, auto reduce, auto loss, auto gradient) {
-    rows<std::remove_pointer_t<decltype(scalar)>, reduce, loss, gradient>(problem, first, last);
+  specialize(problem, [&](auto reduce, auto loss, auto gradient) {
+    rows<Scalar, reduce, loss, gradient>(problem, first, last);
   });
 }
 
+template <class Scalar>
 void finish_blocks(const Problem& problem, int64_t row, const double* sums, int64_t blocks) {
   const GradualUnderflow mode;
   double threads[kGroupsInBlock * kFold] = {}, sum = 0;
   for (int64_t block = 0; block < blocks; ++block)
     threads[block % (kGroupsInBlock * kFold)] += sums[block];
   for (int i = 0; i < kGroupsInBlock; ++i) sum += fold(threads + i * kFold);
-  finish_row(problem, row,
-             problem.scale.type == Type::kF64 ? row_loss<double>(problem, row, sum)
-                                              : row_loss<float>(problem, row, sum));
+  finish_row(problem, row, row_loss<Scalar>(problem, row, sum));
 }
 
+template <class Scalar>
+constexpr CpuLoop kLoop = {any_block<Scalar>, any_rows<Scalar>, finish_blocks<Scalar>};
+
 }  // namespace
-
-const CpuKernel BCE_KERNEL = {BCE_INSTRUCTION_SET, any_block, any_rows, finish_blocks};
-
 }  // namespace jax_bce

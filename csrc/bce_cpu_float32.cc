@@ -1,0 +1,5 @@
+#include "bce_cpu_loop.h"
+
+namespace jax_bce::BCE_INSTRUCTION_SET {
+const CpuLoop kFloat32 = kLoop<float>;
+}
