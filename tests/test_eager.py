@@ -92,7 +92,7 @@ CALLS: dict[str, Callable[[Any, float], Any]] = {
     "loss_and_grad": lambda x, v: jax_bce.loss_and_grad(x, v, ignore_label=v / 2),
     "focal_loss": lambda x, v: jax_bce.focal_loss(x, LABELS, gamma=v, alpha=v),
     "asymmetric_loss": lambda x, v: jax_bce.asymmetric_loss(
-        x, LABELS, gamma_neg=v, gamma_pos=v, clip=v
+        x, LABELS, gamma_neg=v, gamma_pos=v, clip=v / 2
     ),
     "loss_from_probs": lambda x, v: jax_bce.loss_from_probs(
         x, LABELS, epsilon=v / 9, log_epsilon=v
@@ -101,15 +101,27 @@ CALLS: dict[str, Callable[[Any, float], Any]] = {
 }
 
 
+@pytest.mark.parametrize("value", [0.25, 1, 1.0])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_new_values_compile_nothing(call: Callable[[Any, float], Any], traced: list[str]) -> None:
+def test_new_values_compile_nothing(
+    call: Callable[[Any, float], Any], value: float, traced: list[str]
+) -> None:
+    """Nor does an integer after a float."""
     jax.clear_caches()
     first = call(LOGITS, 0.5)
     assert traced
     traced.clear()
-    second = call(LOGITS + 1, 0.25)
+    second = call(LOGITS + 1, value)
     assert not traced
     assert bits(first) != bits(second)
+
+
+def test_an_integer_that_float32_cannot_hold_is_not_rounded() -> None:
+    one, two = (
+        jax_bce.loss(jnp.full(1, -127.99), 1, reduction="sum", normalizer=normalizer)
+        for normalizer in (2**24, 2**24 + 1)
+    )
+    assert bits(one) != bits(two)
 
 
 def test_a_call_that_is_refused_compiles_nothing(traced: list[str]) -> None:
@@ -136,18 +148,27 @@ def test_is_one_compiled_call(traced: list[str]) -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("changed", ["logits", "weight"])
 @pytest.mark.parametrize("name", [*FUNCTIONS, "grad_and_hess"])
-def test_an_array_of_numpy_may_be_changed_after_the_call(name: str) -> None:
+def test_an_array_of_numpy_may_be_changed_after_the_call(name: str, changed: str) -> None:
     """jit may read it later, and in place if it is aligned."""
     function = getattr(jax_bce, name)
+    if name == "grad_and_hess" and changed == "weight":
+        changed = "pos_weight"  # it has no weight
     size = 2**20
     memory = np.empty(4 * size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    logits = memory[start : start + 4 * size].view(np.float32)
-    logits[:] = 0.5
-    expected = bits(function(jnp.array(logits), 1))
-    result = function(logits, 1)
-    logits[:] = 0.25
+    array = memory[start : start + 4 * size].view(np.float32)
+    array[:] = 0.5
+
+    def call(array: Any) -> Any:
+        if changed == "logits":
+            return function(array, 1)
+        return function(np.full(size, 0.25, np.float32), 1, **{changed: array})
+
+    expected = bits(call(jnp.array(array)))
+    result = call(array)
+    array[:] = 0.125
     assert bits(result) == expected
 
 

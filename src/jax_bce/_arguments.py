@@ -149,7 +149,7 @@ def _smoothing(value: ArrayLike) -> AnyArray | None:
     if array.ndim:
         raise ValueError(f"label_smoothing must be one number, got shape {array.shape}.")
     number = known(array)
-    return None if number is not None and number == 0 else operand("label_smoothing", array)
+    return None if number is not None and number == 0 else operand("label_smoothing", value)
 
 
 def _trailing(name: str, value: ArrayLike, shape: tuple[int, ...]) -> AnyArray:

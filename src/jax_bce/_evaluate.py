@@ -88,12 +88,13 @@ def _run(
     function: Callable[..., Any],
     static: tuple[object, ...],
     options: Options,
-    arrays: dict[str, AnyArray],
+    arguments: dict[str, AnyArray],
 ) -> Any:
-    named = {name: a if isinstance(a, Array) else jnp.asarray(a) for name, a in arrays.items()}
+    named = {name: a if isinstance(a, Array) else jnp.asarray(a) for name, a in arguments.items()}
     return function(_call(named, options), *static)
 
 
+_run.__name__ = _run.__qualname__ = "jax_bce"  # what JAX's errors, profiles and HLO call it
 _compiled = functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)(_run)
 
 

@@ -71,7 +71,7 @@ def loss(
         denominator.
       label_smoothing: s in [0, 1], checked unless it is traced. A label y becomes
         y (1 - s) + s / 2 before pos_weight is applied. Neither this value nor its complement is
-        rounded before use.
+        rounded before use. A known 0 leaves the option out.
       where: bool, aligned like sample_weight, or with as many axes as the logits, each of the same
         size or 1. Elements where it is False are ignored: they contribute neither to the loss nor
         to the denominator, and their gradients are 0, even if their logit, label or weight is NaN.

@@ -195,6 +195,9 @@ def operand(
     name: str, value: ArrayLike, dtypes: Sequence[str] = NUMBERS, fix: str | None = None
 ) -> AnyArray:
     """`typed`, converted to a dtype that JAX supports; raises for arrays in host memory."""
+    # A plain 1 after a plain 0.5 is no new dtype, which would compile the call again.
+    if type(value) is int and dtypes is NUMBERS and abs(value) <= 2**24:  # which float32 holds
+        value = float(value)
     array = typed(name, value, dtypes, fix)
     if not isinstance(array, Array):
         return _as_jax_keeps(name, array)
