@@ -185,7 +185,7 @@ def draw(margins: np.ndarray, panels: dict[str, dict[str, np.ndarray]], colors: 
         place = {"xytext": (8, 0), "textcoords": "offset points"}
         exact = (margins[middle], curves["exact"][middle])
         axis.annotate("exact (grey)", exact, color=colors["text"], **place)
-        axis.set_title(f"{title.capitalize()} of a right answer, float32")
+        axis.set_title(f"{title.capitalize()} of a correct prediction, float32")
     axes[0].set_xlabel("")
     return figure
 
@@ -209,7 +209,7 @@ def main() -> None:
     shown = [a for a in (0, 1, 5, 10, 15, 16, 17, 20, 40, 80, 90, 100) if a <= options.max]
     panels = {"loss": losses, "gradient": gradients}
     for title, rows in panels.items():
-        console.print(table_of(f"{title} of a right answer", shown, rows))
+        console.print(table_of(f"{title} of a correct prediction", shown, rows))
     console.print(cases(found))
     save(partial(draw, margins, panels), options.plot, options.dark)
     console.print(f"Plot: {options.plot}")

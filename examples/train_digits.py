@@ -266,7 +266,7 @@ def draw(
     figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 9), height_ratios=(3, 2.6, 2.4))
     draw_accuracy(axes[0], curves, title, colors)
     draw_floors(axes[1], MARGINS, gradients, FLOORS, colors)
-    axes[1].set_title("Gradient of a right answer, float32")
+    axes[1].set_title("Gradient of a correct prediction, float32")
     draw_times(axes[2], times, colors)
     return figure
 
