@@ -6,6 +6,9 @@ Each round takes one sample of every implementation, in a rotating order, so tha
 machine affects all of them alike. Medians are reported. A sample is a timed loop of calls, preceded
 by one call that is not timed, so that the caches are in the same state as in the loop.
 
+Each size is measured on all cores, and on one core that the process is pinned to. The records state
+how much more work a busy thread on each core does than a single one ("parallel_capacity").
+
 `memory` says where the results go. "fresh" is the default: the C library maps every block above
 32 MiB again for each call, and the first access to each page is a page fault. "warm" is a process
 that keeps its memory (MALLOC_MMAP_MAX_=0).
@@ -23,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from records import RESULTS, Record, now, records, table_of, versions
+from records import RESULTS, Record, now, parallel_capacity, records, table_of, versions
 from rich.console import Console
 from rich.progress import track
 
@@ -71,6 +74,7 @@ def records_of(mode: str, n: int, memory: str, seconds: float) -> Iterator[Recor
         "date": now(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "parallel_capacity": parallel_capacity(),
         "kernel": report()["cpu kernel"],
         "versions": versions(),
         "case": f"{mode}, mean",
@@ -93,7 +97,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.case:
-        mode, memory, power = options.case.split(",")
+        mode, memory, cores, power = options.case.split(",")
+        if cores == "one":  # before JAX counts them
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         for record in records_of(mode, 2 ** int(power), memory, options.seconds):
             print(json.dumps(record))
         return
@@ -102,14 +108,19 @@ def main() -> None:
     output = options.output or RESULTS / f"cpu-{datetime.date.today().isoformat()}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     # The C library reuses the memory of small results anyway.
-    cases = [(mode, "fresh", power) for mode in MODES for power in options.sizes]
-    cases += [("value_and_grad", "warm", power) for power in options.sizes if power >= 22]
+    cases = [
+        (mode, "fresh", cores, power)
+        for mode in MODES
+        for cores in ("all", "one")
+        for power in options.sizes
+    ]
+    cases += [("value_and_grad", "warm", "all", power) for power in options.sizes if power >= 22]
     command = [sys.executable, __file__, "--seconds", str(options.seconds)]
     results: list[Record] = []
     with output.open("w") as file:
-        for mode, memory, power in track(cases, "measuring", console=Console(stderr=True)):
+        for mode, memory, cores, power in track(cases, "measuring", console=Console(stderr=True)):
             done = subprocess.run(
-                [*command, "--case", f"{mode},{memory},{power}"],
+                [*command, "--case", f"{mode},{memory},{cores},{power}"],
                 env=os.environ | (WARM_MEMORY if memory == "warm" else {}),
                 stdout=subprocess.PIPE,
                 text=True,
@@ -118,10 +129,15 @@ def main() -> None:
             file.write(done.stdout)
             results += map(json.loads, done.stdout.splitlines())
     console = Console(width=150)
-    for mode, memory in dict.fromkeys((mode, memory) for mode, memory, _ in cases):
-        chosen = (f"{mode}, mean", memory)
-        rows = [result for result in results if (result["case"], result["memory"]) == chosen]
-        console.print(table_of(f"{mode}(mean), float32, {memory} memory", rows))
+    tables: dict[str, list[Record]] = {}
+    for result in results:
+        cores = f"{result['cores']} cores" if result["cores"] != 1 else "one core"
+        title = f"{result['case']}, float32, {result['memory']} memory, {cores}"
+        tables.setdefault(title, []).append(result)
+    for title, rows in tables.items():
+        console.print(table_of(title, rows))
+    capacity = max(float(str(result["parallel_capacity"])) for result in results)
+    console.print(f"Busy threads on all cores do {capacity:.2f} times the work of one thread.")
     if all(result["implementation"] != "torch" for result in results):
         console.print("PyTorch is not installed and is left out.")
     console.print(f"records: {output}")

@@ -1,9 +1,13 @@
 """The records that bench.py and gpu.py write, and tables of them."""
 
 import datetime
+import hashlib
+import os
 import platform
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +30,25 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def parallel_capacity() -> float:
+    """How many times the work of a single busy thread is done by a busy thread on each core.
+
+    It should be the number of cores, but some machines run all threads of a process on one core.
+    """
+    cores = len(os.sched_getaffinity(0))
+
+    def spin(_: int) -> None:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)  # runs without the interpreter's lock
+
+    def seconds(threads: int) -> float:
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(spin, range(threads)))
+            return time.perf_counter() - start
+
+    return cores * statistics.median(seconds(1) / seconds(cores) for _ in range(5))
 
 
 def records(
