@@ -1,11 +1,14 @@
 # make demo: the training example. make test: the tests. Both from a fresh clone, both repeatable.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq ($(filter 3.0 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 3.10,$(VERSION)),)
+$(error jax_bce needs Python 3.11 or newer, and $(PYTHON) is $(VERSION): for example, PYTHON=python3.12 make)
+endif
 VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt cuda.cmake $(wildcard csrc/* src/jax_bce/*)
 
-# A Python and a JAX each: the oldest that are supported, the newest, and between.
+# Pairs of a Python and a JAX: the oldest supported, one in between, and the newest.
 floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
@@ -32,7 +35,7 @@ docs: $(VENV)/.docs
 # pytest on all cores: a process that has nothing left takes over what others have.
 pytest = JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(1)/bin/pytest -n auto --dist worksteal
 
-# Every test, but a sample of the cases of each.
+# Every test, with a sample of its cases.
 test: $(VENV)/.test
 	$(call pytest,$(VENV))
 
@@ -40,7 +43,7 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
 	$(call pytest,$(VENV)) --all
 
-# Tests of what JAX's version matters to. One Python's wheel, which is built once, serves every JAX.
+# The tests that depend on the version of JAX. One Python's wheel, which is built once, serves every JAX.
 test-floor test-between test-newest: test-%: .venv-%/.versions
 	$(call pytest,.venv-$*) -m "not any_jax"
 
@@ -90,10 +93,10 @@ find = $(shell for python in $(PYTHON) python$(1) "$$(pyenv root)"/versions/$(1)
 	$(foreach version,$(or $(firstword $($*)),$*),$(or $(call find,$(version)),$(error \
 	  There is no Python $(version), neither on the PATH nor among pyenv's)) -m venv .venv-$*)
 
-# A wheel serves until the sources change, or JAX_BCE_CUDA or CUDAARCHS ask for another. The environment
+# A wheel serves until the sources change, or these variables ask for another. The environment
 # that pip builds it in is used once, so compiling its modules to bytecode would only take time.
-asked := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS)
-another = $(if $(JAX_BCE_CUDA)$(CUDAARCHS),$(if $(subst =$(file <$(1)),,=$(asked)),FORCE))
+asked := JAX_BCE_CUDA=$(JAX_BCE_CUDA) CUDAARCHS=$(CUDAARCHS) JAX_BCE_WERROR=$(JAX_BCE_WERROR)
+another = $(if $(JAX_BCE_CUDA)$(CUDAARCHS)$(JAX_BCE_WERROR),$(if $(subst =$(file <$(1)),,=$(asked)),FORCE))
 .PHONY: FORCE
 build/wheel-%/.built: .venv-%/bin/python $(SOURCES) $$(call another,build/wheel-$$*/.built)
 	rm -rf $(@D)
@@ -119,7 +122,7 @@ dist/.tried-%: dist/.repaired-% tests/smoke.py
 	rm -rf build/try-$*
 	touch $@
 
-# The wheel that the last prerequisite tells of. pip leaves an older one of the same version in place.
+# Installs the wheel of the last prerequisite. pip leaves an older one of the same version in place.
 install = wheel=$$(echo $(dir $(lastword $^))*.whl) && \
   $< -m pip install --quiet --disable-pip-version-check "$$wheel[$(EXTRAS)]" $(1) && \
   $< -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$wheel"

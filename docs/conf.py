@@ -11,7 +11,7 @@ from sphinx.application import Sphinx
 os.environ["KERAS_BACKEND"] = "jax"  # needed to import jax_bce.keras for its docstrings
 
 project = "jax_bce"
-author = copyright = "the jax_bce developers"
+author = copyright = "The jax_bce developers"
 version = release = installed("jax-bce")
 
 extensions = [

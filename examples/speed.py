@@ -30,6 +30,10 @@ CALLS = (
     ("the mean loss, eager", "loss", "eager"),
     ("with weights and a mask, eager", "loss, weight, where", "eager"),
     ("focal loss, eager", "focal_loss", "eager"),
+    ("asymmetric loss, eager, and optax's mean loss", "asymmetric_loss", "eager"),
+    ("the loss from probabilities, eager, and optax's mean loss", "loss_from_probs", "eager"),
+    ("loss and gradient, eager: `jax.value_and_grad`", "value_and_grad(loss)", "eager"),
+    ("loss and gradient, eager: `loss_and_grad`", "loss_and_grad", "eager"),
     ("the mean loss, in `jax.jit`", "loss", "jitted"),
     ("loss and gradient, in `jax.jit`", "value_and_grad(loss)", "jitted"),
     ("compiling loss and gradient", "value_and_grad(loss)", "compile"),
@@ -72,7 +76,8 @@ def calls() -> list[str]:
     for text, call, case in CALLS:
         ours, peer = (found[call, case, name]["median_us"] for name in ("jax_bce", "optax"))
         unit, size = ("µs", 1) if peer < 1e4 else ("ms", 1e3)
-        cells = (f"{ours / size:,.0f} {unit}", f"{peer / size:,.0f} {unit} ({peer / ours:.1f}x)")
+        shown = [f"{t / size:,.0f}" if t / size >= 100 else f"{t / size:.1f}" for t in (ours, peer)]
+        cells = (f"{shown[0]} {unit}", f"{shown[1]} {unit} ({peer / ours:.1f}x)")
         rows.append(f"| {text} | {' | '.join(cells)} |")
     return rows
 
@@ -85,6 +90,8 @@ def where(record: list[dict]) -> str:
     )
     kernel = line["kernel"].removeprefix("loaded, ")
     machine = f"{line['cores']} cores of an {line['processor']} ({kernel})"
+    if capacity := line.get("parallel_capacity"):
+        machine += f", which do {capacity:.2f} times the work of one"
     return f"Measured on {line['date'][:10]} on {machine}, with {versions}."
 
 

@@ -251,7 +251,7 @@ def draw_times(axis: Axes, times: dict[int, dict[str, float]], colors: Colors) -
             axis.text(ratio, place, note, va="center", color=colors[name], gid=MEASURED)
     axis.set_yticks(places, ticks)
     axis.set_xlim(0, 1.4 * axis.get_xlim()[1])  # room for the notes
-    axis.set_xlabel("times jax_bce")
+    axis.set_xlabel("relative to jax_bce")
     axis.set_title("Time of loss and gradient, on this machine")
     axis.grid(axis="y", visible=False)
 

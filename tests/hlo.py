@@ -65,14 +65,19 @@ def bytes_of(shapes: str) -> int:
     return total
 
 
-def bytes_moved(compiled: Compiled) -> int:
-    """What the kernels of the program, outside its loops, read and write."""
-    moved, shapes_of = 0, {}
+def kernel_bytes(compiled: Compiled) -> dict[str, tuple[int, int]]:
+    """How many bytes each kernel of the program, outside its loops, reads and writes."""
+    moved, shapes_of = {}, {}
     for name, shapes, opcode, operands, _ in _instructions(_entry(compiled)):
         shapes_of[name] = shapes
         if opcode not in FREE and not COLLECTIVE.match(opcode):
-            moved += bytes_of(shapes) + sum(bytes_of(shapes_of[operand]) for operand in operands)
+            moved[name] = sum(bytes_of(shapes_of[each]) for each in operands), bytes_of(shapes)
     return moved
+
+
+def bytes_moved(compiled: Compiled) -> int:
+    """What all of them read and write."""
+    return sum(map(sum, kernel_bytes(compiled).values()))
 
 
 def kernel_calls(compiled: Compiled) -> list[str]:

@@ -427,7 +427,7 @@ MESSAGES = [
         WEIGHTED,
         {"labels": LABELS.astype(np.uint8), "ignore_label": -1},
         ValueError,
-        "ignore_label=-1 cannot be among labels of dtype uint8: store them as jnp.int8 from the "
+        "labels of dtype uint8 cannot hold ignore_label=-1: store them as jnp.int8 from the "
         "start, or mask with where.",
         {"labels": LABELS.astype(np.int8), "ignore_label": -1},
     ),
@@ -671,7 +671,7 @@ def test_a_number_for_each_sample_is_told_to_be_a_column(name: str, function: st
 @pytest.mark.parametrize("label", [0.5, 300, np.nan])
 def test_ignore_label_that_no_integer_is(label: float) -> None:
     """int8 does not hold them either, and NaN is not taken for the label 0."""
-    with pytest.raises(ValueError, match=f"ignore_label={label} cannot be among") as error:
+    with pytest.raises(ValueError, match=f"cannot hold ignore_label={label}") as error:
         invoke("loss", {"labels": LABELS.astype(np.uint8), "ignore_label": label})
     assert "jnp.int8" not in str(error.value)
 

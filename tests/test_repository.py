@@ -1,4 +1,4 @@
-"""What the files around the package say of it and of each other."""
+"""The files around the package agree with it and with each other."""
 
 import re
 import tomllib
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import jax_bce
 
@@ -39,6 +40,17 @@ def test_the_classifiers_name_the_pythons_that_the_tests_run_on(project: dict[st
     tested = re.findall(r"^(?:floor|between|newest) := (3\.\d+)", MAKEFILE, re.MULTILINE)
     assert claimed == tested
     assert project["requires-python"] == f">={tested[0]}"
+
+
+def test_the_makefile_has_the_oldest_jaxlib_of_each_python() -> None:
+    """Those that pyproject.toml pins for the build."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    pins = [Requirement(line) for line in build if line.startswith("jaxlib")]
+    floors = re.findall(r"^floor(?:-\S+)? := (\S+) .*jaxlib(==\S+)", MAKEFILE, re.MULTILINE)
+    assert len(floors) == len(pins)
+    for version, pin in floors:
+        chosen = [p for p in pins if p.marker and p.marker.evaluate({"python_version": version})]
+        assert [str(p.specifier) for p in chosen] == [pin]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)

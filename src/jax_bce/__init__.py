@@ -1,4 +1,4 @@
-"""Binary cross-entropy for JAX: sigmoid, loss and gradient in one fused kernel, within 1 ulp."""
+"""Binary cross-entropy for JAX: sigmoid, loss and gradient in one fused kernel."""
 
 import importlib as _importlib
 import typing as _typing

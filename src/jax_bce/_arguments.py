@@ -231,7 +231,7 @@ def _ignored(value: ArrayLike, labels: AnyArray) -> AnyArray:
             dtypes = (name for name in ("int8", "int16", "int32") if _holds(np.dtype(name), label))
             fix = f"store them as jnp.{next(dtypes, 'float32')} from the start, or mask with where"
             raise ValueError(
-                f"ignore_label={number[()]} cannot be among labels of dtype {labels.dtype.name}: "
+                f"labels of dtype {labels.dtype.name} cannot hold ignore_label={number[()]}: "
                 f"{'use where=~jnp.isnan(labels)' if np.isnan(label) else fix}."
             )
     return operand("ignore_label", given)
