@@ -886,6 +886,11 @@ const char* bce_cuda(const Problem& problem, double* workspace, CUstream_st* str
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+const char* cuda_zero(double* numbers, int64_t count, CUstream_st* stream) {
+  const cudaError_t error = cudaMemsetAsync(numbers, 0, count * sizeof *numbers, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 int cuda_driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;

@@ -18,6 +18,9 @@ constexpr int64_t cuda_workspace(int64_t rows, int64_t columns) {
 // Enqueues the evaluation on the stream. Returns null, or CUDA's error message.
 const char* bce_cuda(const Problem& problem, double* workspace, CUstream_st* stream);
 
+// Enqueues writing zeros. Returns null, or CUDA's error message.
+const char* cuda_zero(double* numbers, int64_t count, CUstream_st* stream);
+
 // The newest CUDA version that the driver supports, 0 without a driver; and the version that this
 // was built with. As CUDA numbers them: 13000 is 13.0.
 int cuda_driver_version();

@@ -12,7 +12,8 @@
 // result may follow: a workspace for the sums of blocks, if a row has several. The operands have
 // the same rank and are broadcast against each other (dimensions of size 1); scalars are broadcast,
 // too. The gradient has their common shape. `reduced_rank` trailing dimensions are summed into the
-// loss, which has the arithmetic's type, or float64 if the caller adds up further.
+// loss, which has the arithmetic's type, or float64 if the caller adds up further. If everything is
+// summed, a float64 loss may have any number of elements: the first is the sum, the others are 0.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -241,7 +242,10 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (!(is_loss ? loss : gradient)) continue;
     auto buffer = results.get<ffi::AnyBuffer>(next++);
     if (!buffer.has_value()) return invalid("a result is missing");
-    if ((*buffer)->element_count() != expected[!is_loss])
+    const bool spare = is_loss && problem->reduce && problem->rows() == 1 &&
+                       (*buffer)->element_type() == ffi::DataType::F64 &&
+                       (*buffer)->element_count() > 1;
+    if ((*buffer)->element_count() != expected[!is_loss] && !spare)
       return invalid("a result has " + std::to_string((*buffer)->element_count()) +
                      " elements instead of " + std::to_string(expected[!is_loss]));
     if (!to_type((*buffer)->element_type(), &result->type) || !is_float(result->type))
@@ -252,6 +256,12 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     result->data = (*buffer)->untyped_data();
   }
   return ffi::Error::Success();
+}
+
+// How many elements of the loss follow the sums: they are to be 0.
+inline int64_t spare_sums(const Problem& problem, ffi::RemainingRets results) {
+  if (!problem.reduce) return 0;
+  return (*results.get<ffi::AnyBuffer>(0))->element_count() - problem.rows();
 }
 
 // An array as known when JAX lowers a call: the name of its dtype, and its shape.

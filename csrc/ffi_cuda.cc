@@ -40,6 +40,8 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   if (room < needed)
     return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
   const char* error = bce_cuda(problem, workspace, stream);
+  if (const int64_t spare = spare_sums(problem, results); spare > 0 && !error)
+    error = cuda_zero(static_cast<double*>(problem.loss.data) + problem.rows(), spare, stream);
   return error ? ffi::Error::Internal(std::string("jax_bce: CUDA says: ") + error)
                : ffi::Error::Success();
 } catch (const std::exception& error) {

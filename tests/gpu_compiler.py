@@ -32,6 +32,8 @@ from jax_bce import _primitive
 
 PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
+SHORT = (32768, 1000)  # an eighth of a row is less than a block
+UNEVEN = (32764, 1000)  # rows for 4 GPUs, but not for 8
 
 
 def missing() -> str | None:
@@ -80,6 +82,7 @@ class Program:
     gpus: str = "1x1x1"  # hosts, processes of a host, GPUs of a process
     manual: bool = False  # in a shard_map
     columns: int = 1  # among how many GPUs a row is divided
+    shape: tuple[int, int] = SHAPE
 
 
 PROGRAMS = {
@@ -93,6 +96,12 @@ PROGRAMS = {
     "value_and_grad, 2 hosts of 8 GPUs": Program(value_and_grad(loss), "2x1x8"),
     "rows and columns, 8 GPUs": Program(value_and_grad(loss), "1x1x8", columns=2),
     "rows and columns, 2 hosts of 8 GPUs": Program(value_and_grad(loss), "2x1x8", columns=4),
+    "short rows, 8 GPUs": Program(value_and_grad(loss), "1x1x8", shape=SHORT),
+    "columns of short rows, 8 GPUs": Program(value_and_grad(loss), "1x1x8", columns=8, shape=SHORT),
+    "rows and columns of short rows, 8 GPUs": Program(
+        value_and_grad(loss), "1x1x8", columns=2, shape=SHORT
+    ),
+    "uneven rows, 8 GPUs": Program(value_and_grad(loss), "1x1x8", columns=2, shape=UNEVEN),
     "Hessian times vector, 8 GPUs": Program(product, "1x1x8"),
     "shard_map, 8 GPUs": Program(of_shards, "1x1x8", manual=True),
     "shard_map, 2 hosts of 8 GPUs": Program(of_shards, "2x1x8", manual=True),
@@ -138,7 +147,7 @@ def compile_for(program: Program, *dtypes: str) -> jax.stages.Compiled:
         specs = {"in_specs": (split, split), "out_specs": (PartitionSpec(), split)}
         function = jax.shard_map(function, mesh=gpus, check_vma=False, **specs)
     sharding = NamedSharding(gpus, split)
-    operands = [jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding) for dtype in dtypes]
+    operands = [jax.ShapeDtypeStruct(program.shape, dtype, sharding=sharding) for dtype in dtypes]
     return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -149,7 +158,7 @@ def compiled(name: str, *dtypes: str) -> Compiled:
     kernels = [what for what in passes_outside_loops(result, 0) if not COLLECTIVE.match(what)]
     return Compiled(
         kernels,
-        bytes_moved(result) / (math.prod(SHAPE) / mesh(program.gpus).size),
+        bytes_moved(result) / (math.prod(program.shape) / mesh(program.gpus).size),
         result.memory_analysis().temp_size_in_bytes,
         collectives(result),
     )

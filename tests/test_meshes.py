@@ -291,6 +291,37 @@ def test_split_shape(shape: tuple, reduced_rank: int, devices: int, expected: tu
     assert _call.split_shape(shape, reduced_rank, devices) == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "keywords", "expected"),
+    [
+        ((64, 48), {}, 3),  # (64, 8, 6): each device's elements are one row
+        ((64, 16, 48), {}, 4),
+        ((10, 48), {}, 1),  # XLA may pad the rows, and the kernel would add the padding
+        ((64, 13, 48), {}, 1),
+        ((64, 48), {"axis": 1}, 1),
+        ((64, 48), {"reduction": "none"}, 0),
+    ],
+    ids=str,
+)
+def test_whole_rows(auto: Mesh, shape: tuple, keywords: dict, expected: int) -> None:
+    """How many dimensions of the blocks the kernel sums; and what it sums, for every spec."""
+    operands = inputs(shape)
+    function = jax.value_and_grad(lambda x, y: jnp.sum(jax_bce.loss(x, y, **keywords)))
+    value, gradient = function(*operands)
+    for spec in (P(), P("data"), P(None, "model"), P("data", "model")):
+        if any(size % 4 for size in shape) and spec != P():
+            continue
+        spread = put(auto, operands, spec)
+        lowered = jax.jit(function).lower(*spread)
+        ranks = re.findall(r"reduced_rank = (\d+)", lowered.as_text())
+        assert ranks == [str(expected)]
+        compiled = lowered.compile()
+        assert {what.split()[0] for what in collectives(compiled)} <= {"all-reduce"}
+        found, slopes = compiled(*spread)
+        assert_same(found, value, rounding=2)
+        oracle.assert_same_bits(slopes, gradient)
+
+
 def test_many_short_rows(auto: Mesh) -> None:
     """Where they lie whole, nothing is gathered; where they do not, the results are the same."""
     operands = inputs((8192, 8))

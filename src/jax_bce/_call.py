@@ -5,8 +5,10 @@ along leading dimensions that operands and results share. So in a program for se
 dimension that may be sharded becomes a leading one, including summed dimensions: the last of them,
 of size d, is reshaped to (g, d / g), where g is the largest number of equal parts that the devices
 can require, and everything after g is a block. The kernel sums blocks, and XLA adds their sums, on
-each device and then across devices. The operands' shardings are not known here: XLA propagates them
-later.
+each device and then across devices. If everything is summed, the kernel sums all of a device's
+blocks as one row, however short they are, and returns 0 for all but the first; but not where XLA
+may pad a dimension to divide it, since the kernel would add the padding to the sum. The operands'
+shardings are not known here: XLA propagates them later.
 """
 
 import functools
@@ -103,7 +105,7 @@ def ffi_call(
     if (devices := _devices(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
         results = _in_blocks(
-            context, operands, target, workspace, shape, split, summed > 0, numbers
+            context, operands, target, workspace, shape, split, summed, devices, numbers
         )
     else:
         kept = len(shape) - summed
@@ -207,7 +209,8 @@ def _in_blocks(
     workspace: Workspace,
     shape: tuple[int, ...],
     split: tuple[int, ...],
-    sums: bool,
+    reduced_rank: int,
+    devices: int,
     numbers: dict[str, np.int64],
 ) -> Any:
     """The call with the operands reshaped to `split`, whose last dimension is a block."""
@@ -251,8 +254,13 @@ def _in_blocks(
         plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals_in]
         entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *plain)]
         results = [split_result(aval) for aval in avals_out]
-        room = workspace(1, block) if sums else 0
+        summed, room = 0, 0
+        if 0 < reduced_rank == len(shape) and all(size % devices == 0 for size in batch):
+            blocks = math.prod(batch)
+            summed, room = len(split), -(-workspace(1, blocks * block) // blocks)
+        elif reduced_rank > 0:
+            summed, room = 1, workspace(1, block)
         values = mlir.lower_fun(enter)(replace(avals_in=plain, avals_out=entered), *operands)
         inside = replace(avals_in=entered, avals_out=results)
-        values = _emit(inside, values, target, (*batch, room), int(sums), numbers, batch)
+        values = _emit(inside, values, target, (*batch, room), summed, numbers, batch)
         return mlir.lower_fun(leave)(replace(avals_in=results), *values)

@@ -60,6 +60,9 @@ inline cudaError_t cudaMemset(void* to, int byte, size_t size) {
   if (size > 0) memset(to, byte, size);
   return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
+  return cudaMemset(to, byte, size);
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
   if (size > 0) memcpy(to, from, size);
   return cudaSuccess;
