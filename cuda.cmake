@@ -107,18 +107,21 @@ list(JOIN PTX ", " PTX)
 message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES}${WHY}, PTX of ${PTX}, by ${NVCC}")
 
 # -fmad=false: as in the CPU kernels, no product is rounded where the source does not say so.
-set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/bce_cuda.o)
-add_custom_command(
-  OUTPUT ${OBJECT}
-  DEPENDS ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
-          ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
-  COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
-          $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
-          -ccbin ${CMAKE_CXX_COMPILER}
-          -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
-          -c ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu -o ${OBJECT}
-  VERBATIM COMMAND_EXPAND_LISTS)
-pybind11_add_module(_cuda NO_EXTRAS csrc/ffi_cuda.cc ${OBJECT})
+foreach(source bce_cuda known_answer)
+  set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/${source}.o)
+  list(APPEND OBJECTS ${OBJECT})
+  add_custom_command(
+    OUTPUT ${OBJECT}
+    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
+            ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
+    COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
+            $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
+            -ccbin ${CMAKE_CXX_COMPILER}
+            -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
+            -c ${CMAKE_SOURCE_DIR}/csrc/${source}.cu -o ${OBJECT}
+    VERBATIM COMMAND_EXPAND_LISTS)
+endforeach()
+pybind11_add_module(_cuda NO_EXTRAS csrc/ffi_cuda.cc ${OBJECTS})
 target_compile_options(_cuda PRIVATE -O1)
 target_link_options(_cuda PRIVATE -s)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})

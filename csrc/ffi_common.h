@@ -302,19 +302,24 @@ inline std::string refusal(std::vector<Array> operands, std::vector<Array> resul
       .message();
 }
 
-// The functions of the Python modules _cpu and _cuda.
+// The functions of the Python modules _cpu and _cuda. `initialize`, unless it is null, is called
+// before a program that has calls.
 inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
                           XLA_FFI_Handler* loss_and_grad, XLA_FFI_Handler* grad,
-                          XLA_FFI_Handler* total) {
+                          XLA_FFI_Handler* total, XLA_FFI_Handler* initialize = nullptr) {
   module.def("registrations", [=] {
-    const auto capsule = [](XLA_FFI_Handler* handler) {
-      return pybind11::capsule(reinterpret_cast<void*>(handler));
+    const auto stages = [=](XLA_FFI_Handler* handler) {
+      pybind11::dict handlers;
+      handlers["execute"] = pybind11::capsule(reinterpret_cast<void*>(handler));
+      if (initialize)
+        handlers["initialize"] = pybind11::capsule(reinterpret_cast<void*>(initialize));
+      return handlers;
     };
     pybind11::dict targets;
-    targets["jax_bce_v1_loss"] = capsule(loss);
-    targets["jax_bce_v1_loss_and_grad"] = capsule(loss_and_grad);
-    targets["jax_bce_v1_grad"] = capsule(grad);
-    targets["jax_bce_v1_total"] = capsule(total);
+    targets["jax_bce_v1_loss"] = stages(loss);
+    targets["jax_bce_v1_loss_and_grad"] = stages(loss_and_grad);
+    targets["jax_bce_v1_grad"] = stages(grad);
+    targets["jax_bce_v1_total"] = stages(total);
     return targets;
   });
   module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

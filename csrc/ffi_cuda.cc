@@ -8,6 +8,7 @@
 
 #include "bce_cuda.h"
 #include "ffi_common.h"
+#include "known_answer.h"
 
 namespace jax_bce {
 namespace {
@@ -48,6 +49,24 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   return failed(error);
 }
 
+// Before a program runs on a device, the kernels' known-answer test has passed there. Where it was
+// lowered on that device, it has passed already.
+ffi::Error initialize(int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) try {
+  const std::string failure = known_answer(device);
+  if (failure.empty()) return ffi::Error::Success();
+  return ffi::Error::Internal("jax_bce: the CUDA kernel fails its known-answer test on GPU " +
+                              std::to_string(device) + ": " + failure +
+                              ". Set JAX_BCE_GPU=xla, on every host");
+} catch (const std::exception& error) {
+  return failed(error);
+}
+XLA_FFI_DEFINE_HANDLER(Initialize, initialize,
+                       ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs());
+
 using Stream = ffi::PlatformStream<CUstream_st*>;
 
 XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<Stream>(),
@@ -64,9 +83,11 @@ XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<Stream>(),
 
 PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
-  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
+  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal, Initialize);
   module.def("workspace", &cuda_workspace);
   module.attr("block") = kBlock;
+  module.def("known_answer", &known_answer_of_devices_in_use,
+             pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("driver_version", &cuda_driver_version);
   module.def("compute_capabilities", &cuda_compute_capabilities);
   module.attr("runtime_version") = cuda_runtime_version();

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from jax_bce import _primitive
+from jax_bce import _kernels
 
 # The templates' arguments, as a symbol holds them: the logits' dtype and the width of a label.
 LOGITS = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
@@ -44,19 +44,21 @@ def find_cuobjdump() -> str | None:
 
 def missing() -> str | None:
     """Why nothing can be disassembled; None if it can."""
-    if _primitive._cuda is None:
-        return _primitive.missing("cuda")
+    if _kernels._cuda is None:
+        return _kernels.missing("cuda")
     return None if find_cuobjdump() else "there is no cuobjdump: pip install nvidia-cuda-cuobjdump"
 
 
 def cuobjdump(*options: str) -> str:
-    command = [find_cuobjdump(), *options, _primitive._cuda.__file__]
+    command = [find_cuobjdump(), *options, _kernels._cuda.__file__]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def architectures(kind: str) -> list[int]:
     """Those that the module holds machine code for ("elf"), or code to compile later ("ptx")."""
-    return [int(number) for number in re.findall(r"\.sm_(\d+)\.", cuobjdump(f"--list-{kind}"))]
+    return sorted(
+        {int(number) for number in re.findall(r"\.sm_(\d+)\.", cuobjdump(f"--list-{kind}"))}
+    )
 
 
 @dataclass
