@@ -28,7 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_bce
-from jax_bce import _primitive
+from jax_bce import _kernels
 
 PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
@@ -38,7 +38,7 @@ UNEVEN = (32764, 1000)  # rows for 4 GPUs, but not for 8
 
 def missing() -> str | None:
     """Why no program with the CUDA kernel can be compiled; None if it can."""
-    if reason := _primitive.missing("cuda"):
+    if reason := _kernels.missing("cuda"):
         return reason
     if importlib.util.find_spec("jax_cuda13_plugin") or (PLUGIN / "jax_cuda13_plugin").exists():
         return None
@@ -106,6 +106,9 @@ PROGRAMS = {
     "shard_map, 8 GPUs": Program(of_shards, "1x1x8", manual=True),
     "shard_map, 2 hosts of 8 GPUs": Program(of_shards, "2x1x8", manual=True),
     "implementation=None": Program(value_and_grad(jax_bce.loss)),
+    "implementation=None, 8 GPUs": Program(value_and_grad(jax_bce.loss), "1x1x8"),
+    "implementation=None, 2 hosts of 8 GPUs": Program(value_and_grad(jax_bce.loss), "2x1x8"),
+    'implementation=None, reduction="none"': Program(partial(jax_bce.loss, reduction="none")),
     'implementation="xla"': Program(value_and_grad(partial(jax_bce.loss, implementation="xla"))),
     "optax": Program(value_and_grad(optax_mean)),
     "plain jnp": Program(value_and_grad(jnp_mean)),

@@ -45,11 +45,11 @@ def missing(name: str) -> str | None:
             import disassembly
 
             return disassembly.missing()
-        from jax_bce import _primitive
+        from jax_bce import _kernels
 
         if name == "gpu-code":  # of the built module, whether there is a GPU to run it or not
-            return _primitive.missing("cuda")
-        reason = _primitive.missing(name)
+            return _kernels.missing("cuda")
+        reason = _kernels.missing(name)
     except (ImportError, AttributeError) as error:
         reason = str(error)
     if reason is None and name == "cuda":

@@ -23,7 +23,7 @@ import sample
 from jax import export
 
 import jax_bce
-from jax_bce import _primitive
+from jax_bce import _kernels
 
 KERNEL_TESTS = Path(__file__).parent / "cuda_kernel"
 SOURCES = KERNEL_TESTS.parent.parent / "csrc"
@@ -69,7 +69,7 @@ def test_programs_for_a_gpu_compile(
 def module(require: Callable[[str], None]):
     """The built module."""
     require("gpu-code")
-    return _primitive._cuda
+    return _kernels._cuda
 
 
 @pytest.mark.any_jax
@@ -164,7 +164,7 @@ def test_code_for_each_architecture(module, code) -> None:
     assert code.architectures("ptx") == module.ptx
     assert module.ptx == sorted({min(module.machine_code), max(module.machine_code)})
     newer = range(min(module.machine_code), 150)
-    assert all(_primitive._runs_on(gpu, module.machine_code, module.ptx) for gpu in newer)
+    assert all(_kernels._runs_on(gpu, module.machine_code, module.ptx) for gpu in newer)
 
 
 @pytest.mark.any_jax
@@ -261,13 +261,8 @@ def test_export_for_any_sizes(module, sizes: str, keywords: dict) -> None:
 def test_room_is_enough(module, columns: int) -> None:
     """Also where the sizes are no integers of Python's, as a symbolic one."""
     needed = module.workspace(3, columns)
-    assert _primitive._workspace(3, columns) == needed
-    assert _primitive._workspace(np.int64(3), np.int64(columns)) == (needed or 3)
-
-
-def test_unasked_it_is_xla(module) -> None:
-    """implementation=None is the fastest that was measured."""
-    assert not CALL.findall(lowered(jax.value_and_grad(jax_bce.loss), (1 << 20,), (1 << 20,)))
+    assert _kernels.workspace(3, columns) == needed
+    assert _kernels.workspace(np.int64(3), np.int64(columns)) == (needed or 3)
 
 
 def test_other_platforms_hold_no_call() -> None:

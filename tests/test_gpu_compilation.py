@@ -13,7 +13,7 @@ import gpu_compiler
 import pytest
 from gpu_compiler import SHAPE, Compiled
 
-from jax_bce import _primitive
+from jax_bce import _kernels
 
 ROWS, COLUMNS = SHAPE
 SIZE = math.prod(SHAPE)
@@ -57,14 +57,14 @@ def test_one_pass(compiled: Callable[..., Compiled], name: str, types: tuple[str
     program = compiled(name, *types)
     assert program.kernels == [BOTH]
     assert program.collectives == []
-    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(1, SIZE))
+    assert_memory(program, sum(TYPES[types]), _kernels._cuda.workspace(1, SIZE))
 
 
 @both_types
 def test_vmap(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
     program = compiled("vmap of value_and_grad", *types)
     assert program.kernels == [BOTH]
-    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(ROWS, COLUMNS))
+    assert_memory(program, sum(TYPES[types]), _kernels._cuda.workspace(ROWS, COLUMNS))
 
 
 @both_types
@@ -72,14 +72,14 @@ def test_export_for_any_sizes(compiled: Callable[..., Compiled], types: tuple[st
     """The kernel finds its room for the sums, as large as that of a program of these sizes."""
     program = compiled("value_and_grad, exported for any sizes", *types)
     assert program.kernels.count(BOTH) == 1
-    assert_memory(program, sum(TYPES[types]), _primitive._cuda.workspace(1, SIZE))
+    assert_memory(program, sum(TYPES[types]), _kernels._cuda.workspace(1, SIZE))
 
 
 @both_types
 def test_loss_alone(compiled: Callable[..., Compiled], types: tuple[str, str]) -> None:
     program = compiled("loss alone", *types)
     assert program.kernels == [FORWARD]
-    assert_memory(program, sum(TYPES[types][:2]), _primitive._cuda.workspace(1, SIZE))
+    assert_memory(program, sum(TYPES[types][:2]), _kernels._cuda.workspace(1, SIZE))
 
 
 @both_types
@@ -90,7 +90,7 @@ def test_recompute(compiled: Callable[..., Compiled], types: tuple[str, str]) ->
     assert program.temporary_bytes <= ALIGNMENT
     logit, label, gradient = TYPES[types]
     expected = (2 * (logit + label) + gradient) * SIZE
-    sums = FLOAT64 * _primitive._cuda.workspace(1, SIZE)
+    sums = FLOAT64 * _kernels._cuda.workspace(1, SIZE)
     assert 0 <= program.bytes_per_element * SIZE - expected - sums <= SMALL
 
 
@@ -103,7 +103,7 @@ def test_shard_map(
     program = compiled(f"shard_map, {where}", *types)
     assert program.kernels == [BOTH]
     assert program.collectives == ["all-reduce f32[]"]
-    sums = _primitive._cuda.workspace(1, SIZE // gpus)
+    sums = _kernels._cuda.workspace(1, SIZE // gpus)
     assert_memory(program, sum(TYPES[types]), sums, gpus)
 
 
@@ -165,7 +165,7 @@ def test_no_peer_needs_less(
 ) -> None:
     """XLA may match the traffic; it never does with one kernel."""
     ours, theirs = compiled("value_and_grad", *types), compiled(peer, *types)
-    sums = FLOAT64 * _primitive._cuda.workspace(1, SIZE)
+    sums = FLOAT64 * _kernels._cuda.workspace(1, SIZE)
     assert len(ours.kernels) < len(theirs.kernels)
     assert (ours.bytes_per_element - theirs.bytes_per_element) * SIZE <= sums + SMALL
     assert ours.temporary_bytes <= theirs.temporary_bytes + sums
@@ -183,11 +183,21 @@ def test_the_reader_sees_other_kernels(
 
 
 @both_types
-@pytest.mark.parametrize("name", ["implementation=None", 'implementation="xla"'])
+@pytest.mark.parametrize("where", ["", ", 8 GPUs", ", 2 hosts of 8 GPUs"])
+def test_unasked_it_is_the_kernel(
+    compiled: Callable[..., Compiled], types: tuple[str, str], where: str
+) -> None:
+    assert compiled(f"implementation=None{where}", *types) == compiled(
+        f"value_and_grad{where}", *types
+    )
+
+
+@both_types
+@pytest.mark.parametrize("name", ['implementation=None, reduction="none"', 'implementation="xla"'])
 def test_without_the_kernel(
     compiled: Callable[..., Compiled], types: tuple[str, str], name: str
 ) -> None:
-    """Unasked, it is XLA: the fastest that was measured."""
+    """XLA makes one kernel of what has a result per element, and more where it adds up."""
     program = compiled(name, *types)
-    assert program.kernels
     assert not any("jax_bce" in kernel for kernel in program.kernels)
+    assert (len(program.kernels) == 1) == ("None" in name)

@@ -14,7 +14,7 @@ import platforms
 import pytest
 
 import jax_bce
-from jax_bce import _primitive
+from jax_bce import _kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,8 @@ def test_import_is_harmless() -> None:
 def test_second_import_registers_nothing_twice() -> None:
     done = run(
         "import importlib, jax_bce\n"
-        "from jax_bce import _primitive\n"
+        "from jax_bce import _kernels, _primitive\n"
+        "importlib.reload(_kernels)\n"
         "importlib.reload(_primitive)\n"
         "importlib.reload(jax_bce)\n"
         "print(jax_bce.loss([0.0], [1.0]))"
@@ -73,12 +74,10 @@ def test_second_import_registers_nothing_twice() -> None:
 )
 def test_abi_guard(built: tuple[int, int], running: tuple[int, int], usable: bool) -> None:
     cpu = SimpleNamespace(xla_ffi_api_version=built, instruction_set=lambda: "x86-64-v3")
-    cuda = SimpleNamespace(
-        xla_ffi_api_version=built, runtime_version=13000, driver_version=lambda: 13000
-    )
+    cuda = SimpleNamespace(xla_ffi_api_version=built)
     for reason in (
-        _primitive._why_no_cpu_kernel(cpu, running),
-        _primitive._why_no_cuda_kernel(cuda, running),
+        _kernels._why_no_cpu_kernel(cpu, running),
+        _kernels._why_no_cuda_kernel(cuda, running),
     ):
         if usable:
             assert reason is None
@@ -93,10 +92,8 @@ def test_abi_guard(built: tuple[int, int], running: tuple[int, int], usable: boo
 )
 def test_driver_guard(driver: int, usable: bool) -> None:
     """A driver older than the CUDA that the kernel was built with cannot run it."""
-    module = SimpleNamespace(
-        xla_ffi_api_version=(0, 1), runtime_version=13000, driver_version=lambda: driver
-    )
-    reason = _primitive._why_no_cuda_kernel(module, (0, 3))
+    module = SimpleNamespace(runtime_version=13000, driver_version=lambda: driver)
+    reason = _kernels._why_driver_is_too_old(module)
     assert (reason is None) == usable
     if reason:
         assert "CUDA 13" in reason
@@ -131,7 +128,7 @@ HOPPER = [90], [90]
 def test_which_gpu_runs_what(
     capability: int, machine_code: list[int], ptx: list[int], runs: bool
 ) -> None:
-    assert _primitive._runs_on(capability, machine_code, ptx) == runs
+    assert _kernels._runs_on(capability, machine_code, ptx) == runs
 
 
 def cuda_module(code: tuple[list[int], list[int]], gpus: list[int], driver: int) -> SimpleNamespace:
@@ -159,7 +156,7 @@ def cuda_module(code: tuple[list[int], list[int]], gpus: list[int], driver: int)
     ],
 )
 def test_gpu_guard(gpus: list[int], driver: int, words: tuple[str, ...] | None) -> None:
-    reason = _primitive._why_no_gpu_runs_it(cuda_module(HOPPER, gpus, driver))
+    reason = _kernels._why_no_gpu_runs_it(cuda_module(HOPPER, gpus, driver))
     assert (reason is None) == (words is None)
     for word in words or ():
         assert word in reason
@@ -171,39 +168,39 @@ def test_gpu_guard_where_the_driver_is_older() -> None:
     """It runs the machine code of a newer CUDA of its generation, but compiles none of its PTX."""
     module = cuda_module(HOPPER, [90], 13000)
     module.runtime_version = 13020
-    assert _primitive._why_no_gpu_runs_it(module) is None
+    assert _kernels._why_no_gpu_runs_it(module) is None
     module.compute_capabilities = lambda: [100]
-    reason = _primitive._why_no_gpu_runs_it(module)
+    reason = _kernels._why_no_gpu_runs_it(module)
     assert "CUDAARCHS='100' pip install ." in reason
     assert "upgrade the NVIDIA driver to one for CUDA 13.2" in reason
 
 
 @pytest.mark.any_jax
 def test_the_kernel_is_missing_where_no_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_primitive, "_why_no_kernel", lambda platform: None)
-    monkeypatch.setattr(_primitive, "_why_no_gpu_runs_it", lambda module: "no code")
-    assert _primitive.missing.__wrapped__("cuda") == "no code"
-    assert _primitive.missing.__wrapped__("cpu") is None
+    monkeypatch.setattr(_kernels, "_why_not_installed", lambda platform: None)
+    monkeypatch.setattr(_kernels, "_why_not_on_this_machine", lambda: "no code")
+    assert _kernels.missing("cuda") == "no code"
+    assert _kernels.missing("cpu") is None
 
 
 def test_import_does_not_start_the_driver() -> None:
     """A process that is forked later could not use it; and it reads CUDA_VISIBLE_DEVICES."""
     done = run(
         "import importlib, types, jax_bce\n"
-        "from jax_bce import _primitive\n"
-        "asked, cuda = [], _primitive._cuda or types.SimpleNamespace()\n"
+        "from jax_bce import _kernels\n"
+        "asked, cuda = [], _kernels._cuda or types.SimpleNamespace()\n"
         "cuda.compute_capabilities = lambda: asked.append('asked') or []\n"
-        "importlib.reload(_primitive)\n"
+        "importlib.reload(_kernels)\n"
         "print(jax_bce.loss([0.0], [1.0]), asked)\n"
-        "if _primitive.missing('cuda') is None: print(asked)"
+        "if _kernels.missing('cuda') is None: print(asked)"
     )
     first, *rest = done.stdout.splitlines()
     assert first.endswith(" []"), done.stderr
-    assert rest == ([] if _primitive.missing("cuda") else ["['asked']"])
+    assert rest == ([] if _kernels.missing("cuda") else ["['asked']"])
 
 
 def test_without_the_cuda_module_the_reason_names_the_fix() -> None:
-    reason = _primitive._why_no_cuda_kernel(None, (0, 3))
+    reason = _kernels._why_no_cuda_kernel(None, (0, 3))
     assert reason is not None
     assert "JAX_BCE_CUDA=PYPI pip install ." in reason
 
@@ -233,7 +230,7 @@ def test_abi_mismatch_leaves_jax_alone(tmp_path: Path) -> None:
 
 
 def test_headers_come_from_the_oldest_supported_jaxlib(cpu: str) -> None:
-    assert _primitive._cpu.xla_ffi_api_version == (0, 1)
+    assert _kernels._cpu.xla_ffi_api_version == (0, 1)
 
 
 def test_without_built_modules_the_error_names_the_fix(tmp_path: Path) -> None:
@@ -248,7 +245,7 @@ def test_without_built_modules_the_error_names_the_fix(tmp_path: Path) -> None:
 
 def test_unknown_instruction_set_falls_back_to_xla() -> None:
     code = (
-        "import jax_bce; from jax_bce._primitive import missing\n"
+        "import jax_bce; from jax_bce._kernels import missing\n"
         "print(missing('cpu')); print(jax_bce.loss([0.0], [1.0]))"
     )
     reason, value = run(code, JAX_BCE_CPU="mmx").stdout.splitlines()
@@ -266,13 +263,14 @@ def test_report(platform: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    facts = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    report, choices = done.stdout.split("\n\n")
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in report.splitlines())
     assert facts["jax_bce"] == jax_bce.__version__
     assert facts["jax"].startswith(jax.__version__)
     assert facts[f"{platform} kernel"].startswith("loaded, ")
     assert facts["default platform"] == {"cpu": "cpu", "cuda": "gpu"}[platform]
     if platform == "cpu":
-        assert facts["implementation=None"] == "the cpu kernel"
+        assert re.search("sums and means.*CPU: the kernel", choices)
         assert facts["cuda kernel"].startswith(("not in use", "not usable"))
 
 

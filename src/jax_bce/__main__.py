@@ -5,19 +5,32 @@ import platform
 from importlib.metadata import version
 
 import jax
+import numpy as np
 
-from jax_bce import _cpu
+from jax_bce import _cpu, _kernels
 from jax_bce._check import is_on
-from jax_bce._primitive import _cuda, ffi_version_of_jaxlib, missing
+from jax_bce._kernels import ffi_version_of_jaxlib, missing
+
+# Calls that `implementation=None` may treat differently, by the primitive's kind and reduced rank.
+_CASES = {
+    "sums and means, with their gradient": ("loss_and_grad", 1, np.float32),
+    "the same of float64 logits": ("loss_and_grad", 1, np.float64),
+    'reduction="none"': ("loss", 0, np.float32),
+    'the gradient of residuals="recompute"': ("grad", 1, np.float32),
+    "denominators of weights or masks": ("total", 1, np.float32),
+}
 
 
 def _cuda_state(backend: str) -> str:
     if reason := missing("cuda"):
         return f"not usable: {reason}"
+    _cuda = _kernels._cuda
     code, ptx = (", ".join(map(str, codes)) for codes in (_cuda.machine_code, _cuda.ptx))
     built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {code}, PTX of {ptx}"
     if backend == "gpu":
-        return f"loaded, {built}; used with implementation='cuda'"
+        if reason := _kernels.fails():
+            return f"not usable: {reason}"
+        return f"loaded, {built}; its known-answer test passed"
     fix = (
         "to use this machine's GPU, run pip install 'jax[cuda13]'"
         if _cuda.driver_version()
@@ -42,12 +55,32 @@ def report() -> dict[str, str]:
         "cpu threads": str(threads),
         "cuda kernel": _cuda_state(backend),
         "default platform": backend,
-        # The CUDA kernel is only used if requested: it has not been measured yet.
-        "implementation=None": "the cpu kernel" if backend == "cpu" and not cpu else "xla",
+        "JAX_BCE_GPU": _kernels.pinned() or "not set; xla or cuda pins implementation=None on GPUs",
         "value check": "on" if is_on() else "off; JAX_BCE_CHECK=1 turns it on",
     }
+
+
+def choices() -> list[tuple[str, str, str, str]]:
+    """What `implementation=None` is: the case, then on a CPU, on an NVIDIA GPU, and why there."""
+    on_cpu = "xla" if missing("cpu") else "the kernel"
+    missing_on_gpu, pinned = missing("cuda"), _kernels.pinned()
+    if missing_on_gpu is None and jax.default_backend() == "gpu":
+        missing_on_gpu = _kernels.fails()
+    rows = []
+    for case, (kind, reduced_rank, dtype) in _CASES.items():
+        reason = _kernels.why_xla_on_gpu(kind, reduced_rank, np.dtype(dtype))
+        on_gpu = "xla" if reason else "the kernel"
+        if pinned:
+            on_gpu, reason = {"xla": "xla", "cuda": "the kernel"}[pinned], f"JAX_BCE_GPU={pinned}"
+        if missing_on_gpu and on_gpu == "the kernel":
+            on_gpu, reason = "an error" if pinned else "xla", "the kernel is not usable"
+        rows.append((case, on_cpu, on_gpu, reason or ""))
+    return [*rows, ("jax.export", "xla", "xla", "for machines without this package")]
 
 
 if __name__ == "__main__":
     for fact, value in report().items():
         print(f"{fact:20} {value}")
+    print("\nimplementation=None is xla on other platforms, and here:")
+    for case, on_cpu, on_gpu, reason in choices():
+        print(f"{case:40} CPU: {on_cpu:12} NVIDIA GPU: {on_gpu:12} {reason}".rstrip())

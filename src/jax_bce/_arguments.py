@@ -15,8 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce._alignment import fixes, fixes_of_labels, spelled
 from jax_bce._callers import refuse_keras
+from jax_bce._kernels import missing
 from jax_bce._operands import FLOATS, AnyArray, known, operand, ranged, typed
-from jax_bce._primitive import missing
 
 Reduction = Literal["none", "sum", "mean", "weighted_mean"]
 Implementation = Literal["cpu", "cuda", "xla"]

@@ -1,4 +1,4 @@
-"""The JAX primitive: its types, batching and lowering, and which kernels are available.
+"""The JAX primitive: its types, batching and lowering.
 
     factor   = scale / count / (divisor + divisor_low)
     loss     = factor * (element losses, summed over the last reduced_rank dimensions)
@@ -19,11 +19,7 @@ and on all other platforms, XLA compiles `_reference.py`.
 """
 
 import functools
-import importlib
-import re
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,145 +30,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_bce import _kernels
 from jax_bce._call import ffi_call, why_no_call
 from jax_bce._reference import reference
-
-try:
-    from jax_bce import _cpu
-except ImportError as error:
-    raise ImportError(
-        "jax_bce: the compiled modules are missing. Run `pip install .` in the source folder, and "
-        f"import jax_bce from elsewhere (this is {Path(__file__).parent}). The cause: {error}"
-    ) from error
-
-_cuda: Any
-try:
-    _cuda = importlib.import_module("jax_bce._cuda")
-except ImportError:  # built without CUDA
-    _cuda = None
-
-
-def ffi_version_of_jaxlib() -> tuple[int, int]:
-    """The FFI version of the running jaxlib, which only its headers state."""
-    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
-        for part in ("MAJOR", "MINOR")
-    )
-    return major, minor
-
-
-def _why_not_registered(module: Any, runtime: tuple[int, int]) -> str | None:
-    """The reason why this jaxlib cannot use the module's handlers, or None if it can."""
-    built = module.xla_ffi_api_version
-    # A handler that is newer than the running jaxlib would prevent the whole backend from starting.
-    if built[0] == runtime[0] and built[1] <= runtime[1]:
-        return None
-    return (
-        f"it was built for XLA FFI {built[0]}.{built[1]}, but the running jaxlib has "
-        f"{runtime[0]}.{runtime[1]}: upgrade jaxlib, or reinstall jax_bce: in the "
-        "source folder, run `pip install --force-reinstall --no-cache-dir .`"
-    )
-
-
-def _why_no_cpu_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
-    """The reason why the CPU kernel cannot run, or None if it can."""
-    if not module.instruction_set():
-        return (
-            "this processor lacks AVX2, FMA or F16C (x86-64-v3), or the environment variable "
-            "JAX_BCE_CPU names an instruction set it does not have: unset it"
-        )
-    return _why_not_registered(module, runtime)
-
-
-def _why_no_cuda_kernel(module: Any, runtime: tuple[int, int]) -> str | None:
-    """The reason why the CUDA kernel cannot run, or None if it can.
-
-    If there is no driver at all, the kernel can only be compiled for another machine.
-    """
-    if module is None:
-        return (
-            "jax_bce was built without CUDA: in the source folder, run "
-            "`JAX_BCE_CUDA=ON pip install .` if a CUDA toolkit is installed, or else "
-            "`JAX_BCE_CUDA=PYPI pip install .`, which downloads the compiler"
-        )
-    driver, needed = module.driver_version(), module.runtime_version
-    if 0 < driver // 1000 < needed // 1000:
-        return (
-            f"it was built with CUDA {needed // 1000}, but the driver supports at most CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10}: upgrade the NVIDIA driver, or "
-            f"reinstall jax_bce with nvcc {driver // 1000}"
-        )
-    return _why_not_registered(module, runtime)
-
-
-def _runs_on(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
-    """Whether a GPU of that compute capability, 75 for 7.5, can run some of the code.
-
-    Machine code runs on GPUs of its generation from its version on, PTX on all from its version on.
-    """
-    of_generation = [code for code in machine_code if code // 10 == capability // 10]
-    return any(code <= capability for code in (*of_generation, *ptx))
-
-
-def _why_no_gpu_runs_it(module: Any) -> str | None:
-    """The reason why none of this machine's GPUs can run the CUDA kernel, or None."""
-    capabilities = sorted(set(module.compute_capabilities()))
-    # A driver compiles PTX of its own CUDA version and of older ones.
-    compiles = module.driver_version() >= module.runtime_version
-    ptx = module.ptx if compiles else []
-    if not capabilities or any(_runs_on(c, module.machine_code, ptx) for c in capabilities):
-        return None
-
-    def names(numbers: Sequence[int]) -> str:
-        return ", ".join(f"{number // 10}.{number % 10}" for number in numbers)
-
-    wanted = ";".join(map(str, capabilities))
-    reason = (
-        f"it has code for compute capability {names(module.machine_code)}, but the GPU has "
-        f"{names(capabilities)}: in the source folder, run `CUDAARCHS='{wanted}' pip install .`"
-    )
-    if not compiles and any(_runs_on(c, [], module.ptx) for c in capabilities):
-        needed = f"{module.runtime_version // 1000}.{module.runtime_version % 1000 // 10}"
-        reason += (
-            f", or upgrade the NVIDIA driver to one for CUDA {needed}, which can compile its PTX"
-        )
-    return reason
-
-
-@functools.cache
-def _why_no_kernel(platform: str) -> str | None:
-    """The reason why the kernel for "cpu" or "cuda" cannot be registered, or None if it can."""
-    if platform == "cuda":
-        return _why_no_cuda_kernel(_cuda, ffi_version_of_jaxlib())
-    return _why_no_cpu_kernel(_cpu, ffi_version_of_jaxlib())
-
-
-@functools.cache
-def missing(platform: str) -> str | None:
-    """Why the kernel for "cpu" or "cuda" is not available, with the fix; None if it is."""
-    reason = _why_no_kernel(platform)
-    # Not on import: listing the GPUs starts the driver, and then forked processes cannot use it.
-    return _why_no_gpu_runs_it(_cuda) if platform == "cuda" and reason is None else reason
-
-
-def _register() -> None:
-    modules: dict[str, Any] = {"cpu": _cpu, "CUDA": _cuda}
-    for platform, module in modules.items():
-        mismatch = module and _why_not_registered(module, ffi_version_of_jaxlib())
-        if mismatch:
-            warnings.warn(
-                f"jax_bce runs on XLA, several times slower on a CPU, because its "
-                f"{platform.lower()} kernel is not usable: {mismatch}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        elif _why_no_kernel(platform.lower()) is None:
-            for target, handler in module.registrations().items():
-                jax.ffi.register_ffi_target(target, handler, platform=platform)
-    for target in _cpu.registrations():
-        jax.ffi.register_ffi_target_as_batch_partitionable(target)
-
 
 bce_p = Primitive("jax_bce")
 bce_p.multiple_results = True
@@ -341,16 +201,6 @@ def _batch(
 batching.primitive_batchers[bce_p] = _batch
 
 
-def _workspace(rows: Any, columns: Any) -> Any:
-    """How many float64 numbers the CUDA kernel needs for its sums; at most, for symbolic sizes.
-
-    The number is proportional to the rows.
-    """
-    if isinstance(columns, int):
-        return rows * _cuda.workspace(1, columns)
-    return rows * ((columns + _cuda.block - 1) // _cuda.block)
-
-
 def _lowering(platform: str | None) -> Callable[..., Any]:
     """The rule for one platform, or for all platforms without their own rule (None)."""
 
@@ -364,7 +214,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         call = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
         where: str | None = platform or "another platform"
         if platform is not None and implementation in (None, platform):
-            where = why_no_call(context, _cpu.refusal, **call)
+            where = why_no_call(context, _kernels.refusal, **call)
         if where and implementation not in (None, "xla"):
             raise RuntimeError(
                 f"jax_bce.loss(implementation={implementation!r}) is compiled for {where}, where "
@@ -377,14 +227,14 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             or any(size == 0 for aval in avals for size in aval.shape)
             # An exported program may run without this package.
             or (implementation is None and context.module_context.lowering_parameters.for_export)
-            # None selects the fastest one measured; the CUDA kernel has not been measured yet.
-            or (implementation is None and platform == "cuda")
-            or missing(platform) is not None
+            or not _kernels.runs(
+                platform, implementation, params["kind"], params["reduced_rank"], avals[0].dtype
+            )
         )
         if use_xla:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
-        workspace = _workspace if platform == "cuda" else lambda rows, columns: 0
+        workspace = _kernels.workspace if platform == "cuda" else lambda rows, columns: 0
         return ffi_call(context, operands, f"jax_bce_v1_{params['kind']}", workspace, **call)
 
     return rule
@@ -393,4 +243,4 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
 mlir.register_lowering(bce_p, _lowering(None))
 for _platform in ("cpu", "cuda"):
     mlir.register_lowering(bce_p, _lowering(_platform), platform=_platform)
-_register()
+_kernels.register()
