@@ -62,6 +62,10 @@ def of_shards(x, y):
 loss = partial(jax_bce.loss, implementation="cuda")
 
 
+def of_columns(x, y, **keywords):
+    return jnp.sum(jax_bce.loss(x, y, axis=0, **keywords))
+
+
 def product(x, y):
     """The Hessian times the logits."""
     return jax.jvp(lambda x: jax.grad(loss)(x, y), (x,), (x,))[1]
@@ -108,6 +112,10 @@ PROGRAMS = {
     "implementation=None": Program(value_and_grad(jax_bce.loss)),
     "implementation=None, 8 GPUs": Program(value_and_grad(jax_bce.loss), "1x1x8"),
     "implementation=None, 2 hosts of 8 GPUs": Program(value_and_grad(jax_bce.loss), "2x1x8"),
+    "implementation=None, axis=0": Program(value_and_grad(of_columns)),
+    'implementation="cuda", axis=0': Program(
+        value_and_grad(partial(of_columns, implementation="cuda"))
+    ),
     'implementation=None, reduction="none"': Program(partial(jax_bce.loss, reduction="none")),
     'implementation="xla"': Program(value_and_grad(partial(jax_bce.loss, implementation="xla"))),
     "optax": Program(value_and_grad(optax_mean)),

@@ -193,6 +193,17 @@ def test_unasked_it_is_the_kernel(
 
 
 @both_types
+def test_the_kernel_would_copy_transposed_operands(
+    compiled: Callable[..., Compiled], types: tuple[str, str]
+) -> None:
+    chosen = compiled("implementation=None, axis=0", *types)
+    named = compiled('implementation="cuda", axis=0', *types)
+    assert BOTH in named.kernels
+    assert BOTH not in chosen.kernels
+    assert chosen.bytes_per_element < named.bytes_per_element
+
+
+@both_types
 @pytest.mark.parametrize("name", ['implementation=None, reduction="none"', 'implementation="xla"'])
 def test_without_the_kernel(
     compiled: Callable[..., Compiled], types: tuple[str, str], name: str

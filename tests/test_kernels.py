@@ -205,6 +205,8 @@ def calls(dtype: object = jnp.float32, **keywords: object) -> list[str]:
         (jnp.bfloat16, {}, ["loss_and_grad"]),
         (jnp.float16, {}, ["loss_and_grad"]),
         (jnp.float32, {"axis": -1}, ["loss_and_grad"]),
+        (jnp.float32, {"axis": 0}, []),
+        (jnp.float32, {"axis": (0, 1)}, ["loss_and_grad"]),
         (jnp.float32, {"weight": 2.0, "label_smoothing": 0.1}, ["loss_and_grad"]),
         (jnp.float32, {"reduction": "none"}, []),
         (jnp.float32, {"residuals": "recompute"}, ["loss"]),

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,14 @@ from jax_bce import _cpu, _kernels
 from jax_bce._check import is_on
 from jax_bce._kernels import ffi_version_of_jaxlib, missing
 
-# Calls that `implementation=None` may treat differently, by the primitive's kind and reduced rank.
-_CASES = {
-    "sums and means, with their gradient": ("loss_and_grad", 1, np.float32),
-    "the same of float64 logits": ("loss_and_grad", 1, np.float64),
-    'reduction="none"': ("loss", 0, np.float32),
-    'the gradient of residuals="recompute"': ("grad", 1, np.float32),
-    "denominators of weights or masks": ("total", 1, np.float32),
+# Calls that `implementation=None` may treat differently, as arguments of `why_xla_on_gpu`.
+_CASES: dict[str, Any] = {
+    "sums and means, with their gradient": ("loss_and_grad", 1, np.dtype(np.float32)),
+    "the same over axes that are not the last": ("loss_and_grad", 1, np.dtype(np.float32), True),
+    "the same of float64 logits": ("loss_and_grad", 1, np.dtype(np.float64)),
+    'reduction="none"': ("loss", 0, np.dtype(np.float32)),
+    'the gradient of residuals="recompute"': ("grad", 1, np.dtype(np.float32)),
+    "denominators of weights or masks": ("total", 1, np.dtype(np.float32)),
 }
 
 
@@ -67,8 +69,8 @@ def choices() -> list[tuple[str, str, str, str]]:
     if missing_on_gpu is None and jax.default_backend() == "gpu":
         missing_on_gpu = _kernels.fails()
     rows = []
-    for case, (kind, reduced_rank, dtype) in _CASES.items():
-        reason = _kernels.why_xla_on_gpu(kind, reduced_rank, np.dtype(dtype))
+    for case, call in _CASES.items():
+        reason = _kernels.why_xla_on_gpu(*call)
         on_gpu = "xla" if reason else "the kernel"
         if pinned:
             on_gpu, reason = {"xla": "xla", "cuda": "the kernel"}[pinned], f"JAX_BCE_GPU={pinned}"
@@ -83,4 +85,4 @@ if __name__ == "__main__":
         print(f"{fact:20} {value}")
     print("\nimplementation=None is xla on other platforms, and here:")
     for case, on_cpu, on_gpu, reason in choices():
-        print(f"{case:40} CPU: {on_cpu:12} NVIDIA GPU: {on_gpu:12} {reason}".rstrip())
+        print(f"{case:41} CPU: {on_cpu:12} NVIDIA GPU: {on_gpu:12} {reason}".rstrip())

@@ -216,6 +216,7 @@ def _call(arrays: dict[str, Array], options: Options) -> Call:
         "reduced_rank": len(axes),
         "count": max(1, count),
         "implementation": options.implementation,
+        "transposed": axes != _last(axes, rank),
         "loss_dtype": result_dtype if direct else wide,
     }
     last = _last(axes, rank)

@@ -180,24 +180,33 @@ def pinned() -> str | None:
     return value
 
 
-def why_xla_on_gpu(kind: str, reduced_rank: int, dtype: np.dtype) -> str | None:
+def why_xla_on_gpu(
+    kind: str, reduced_rank: int, dtype: np.dtype, transposed: bool = False
+) -> str | None:
     """The table: why `implementation=None` is XLA for a call on an NVIDIA GPU; None: the kernel.
 
     The kernel's advantage is that it reads logits and labels once, for loss and gradient, and sums
-    in the same pass. `kind` is the primitive's; dtype is that of the logits.
+    in the same pass. `kind` is the primitive's, and so is `transposed`; dtype is the logits'.
     """
     if kind == "total":
         return "a denominator: XLA sums weights while it makes them"
     if kind == "grad" or reduced_rank == 0:
         # Whether there are neighbours cannot be seen from the call.
         return "a result per element: XLA fuses it with the operations before and after"
+    if transposed:
+        return "axes that are not the last: XLA sums them in place, without a copy"
     if dtype == np.float64:
         return "float64: the time goes to arithmetic, which is the same"
     return None
 
 
 def runs(
-    platform: str, implementation: str | None, kind: str, reduced_rank: int, dtype: np.dtype
+    platform: str,
+    implementation: str | None,
+    kind: str,
+    reduced_rank: int,
+    dtype: np.dtype,
+    transposed: bool,
 ) -> bool:
     """Whether the kernel of a platform, rather than XLA, evaluates a call that it can evaluate.
 
@@ -206,7 +215,9 @@ def runs(
     if platform == "cpu":
         return missing("cpu") is None
     wanted = implementation or pinned()
-    if wanted == "xla" or (wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype)):
+    if wanted == "xla":
+        return False
+    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed):
         return False
     reason = _why_not_installed("cuda")
     if reason and wanted is None:

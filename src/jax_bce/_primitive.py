@@ -11,8 +11,10 @@ other. scale, smoothing and the divisor have the arithmetic's dtype, float32 (fl
 logits); ignore_label has the labels' dtype; where is bool. scale and divisor have size 1 in the
 summed dimensions; if one is 0, the results are 0. A summed loss has the arithmetic's dtype, too;
 an element's loss and gradient may be rounded to a 16-bit dtype. A vmapped axis is one more leading
-dimension. The four kinds differ in their results: "loss", "loss_and_grad", "grad", and "total",
-which is the divisor of another call: a number of the arithmetic's dtype and its rounding error.
+dimension. `transposed` says that the summed dimensions were moved last for this call, and only
+matters for the choice of a kernel. The four kinds differ in their results: "loss", "loss_and_grad",
+"grad", and "total", which is the divisor of another call: a number of the arithmetic's dtype, and
+its rounding error.
 
 On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v1_<kind>`. If that is not available,
 and on all other platforms, XLA compiles `_reference.py`.
@@ -51,6 +53,7 @@ def bce(
     implementation: str | None,
     loss_dtype: np.dtype,
     gradient_dtype: np.dtype | None = None,
+    transposed: bool = False,
 ) -> list[Array]:
     """Binds the primitive; the gradient has the logits' dtype unless another is given."""
     return bce_p.bind(  # type: ignore[no-any-return]
@@ -66,6 +69,7 @@ def bce(
         implementation=implementation,
         loss_dtype=loss_dtype,
         gradient_dtype=np.dtype(gradient_dtype or logits.dtype),
+        transposed=transposed,
     )
 
 
@@ -79,6 +83,7 @@ def bce(
         "implementation",
         "loss_dtype",
         "gradient_dtype",
+        "transposed",
     ),
 )
 def _compiled(*operands: Array, **params: Any) -> list[Array]:
@@ -208,6 +213,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         context: mlir.LoweringRuleContext,
         *operands: Any,
         implementation: str | None,
+        transposed: bool,
         **params: Any,
     ) -> Any:
         avals: Sequence[Any] = context.avals_in
@@ -228,7 +234,12 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             # An exported program may run without this package.
             or (implementation is None and context.module_context.lowering_parameters.for_export)
             or not _kernels.runs(
-                platform, implementation, params["kind"], params["reduced_rank"], avals[0].dtype
+                platform,
+                implementation,
+                params["kind"],
+                params["reduced_rank"],
+                avals[0].dtype,
+                transposed,
             )
         )
         if use_xla:
