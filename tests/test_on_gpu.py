@@ -19,9 +19,11 @@ import numpy as np
 import oracle
 import platforms
 import pytest
+from hlo import kernel_calls
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
+from jax_bce import _kernels
 
 # From one float32 bit pattern to the next one asked; with 1 there are 2^33 gradients and losses.
 STRIDE = 1
@@ -104,6 +106,15 @@ def test_every_float32(cuda: str, label: int) -> None:
     assert count[:, gradient].sum() == 0
     assert count[:, loss].sum() <= OTHER_LOSSES * len(found) * CHUNK
     assert distance[:, loss].max() <= 1
+
+
+def test_the_known_answers(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel passes on this GPU, and is what a call takes that does not name it."""
+    monkeypatch.delenv("JAX_BCE_GPU", raising=False)
+    assert _kernels.fails() is None
+    compiled = jax.jit(lambda x, y: jax_bce.loss_and_grad(x, y)).lower(*inputs(1000)).compile()
+    assert kernel_calls(compiled) == ["jax_bce_v1_loss_and_grad"]
+    assert compiled(*inputs(1000))[0] == jax_bce.loss(*inputs(1000), implementation=cuda)
 
 
 @partial(jax.jit, static_argnames="implementation")
