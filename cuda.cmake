@@ -112,8 +112,9 @@ foreach(source bce_cuda known_answer)
   list(APPEND OBJECTS ${OBJECT})
   add_custom_command(
     OUTPUT ${OBJECT}
-    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
-            ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
+    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${CMAKE_SOURCE_DIR}/csrc/${source}.h
+            ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h
+            ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
     COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
             $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
             -ccbin ${CMAKE_CXX_COMPILER}

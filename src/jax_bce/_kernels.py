@@ -231,8 +231,8 @@ def runs(
     if jax.process_count() > 1:
         raise RuntimeError(
             f"jax_bce: process {jax.process_index()} cannot run the CUDA kernel: {reason}. Other "
-            "processes may run it, and all must run the same program: set JAX_BCE_GPU=xla in all "
-            "of them, or fix this one and set JAX_BCE_GPU=cuda."
+            "processes may run it, and all must run the same program: fix this one, or set "
+            "JAX_BCE_GPU=xla in all of them."
         )
     _warn(reason)
     return False
