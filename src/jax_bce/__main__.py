@@ -25,7 +25,7 @@ _CASES: dict[str, Any] = {
 
 def _cuda_state(backend: str) -> str:
     if reason := missing("cuda"):
-        return f"not usable: {reason}"
+        return f"not {'built' if _kernels._cuda is None else 'usable'}: {reason}"
     _cuda = _kernels._cuda
     code, ptx = (", ".join(map(str, codes)) for codes in (_cuda.machine_code, _cuda.ptx))
     built = f"built with CUDA {_cuda.runtime_version // 1000} for sm {code}, PTX of {ptx}"

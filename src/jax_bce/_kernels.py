@@ -264,9 +264,10 @@ def register() -> None:
     for platform, module in modules.items():
         mismatch = module and _why_not_registered(module, ffi_version_of_jaxlib())
         if mismatch:
+            where = "GPUs" if platform == "CUDA" else "CPUs, several times slower"
             warnings.warn(
-                f"jax_bce runs on XLA, several times slower on a CPU, because its "
-                f"{platform.lower()} kernel is not usable: {mismatch}.",
+                f"jax_bce runs on XLA on {where}, because its {platform.lower()} kernel is not "
+                f"usable: {mismatch}.",
                 RuntimeWarning,
                 stacklevel=2,
             )
