@@ -821,6 +821,17 @@ def rounded(dtype: np.dtype) -> float:
     return bound + oracle.ROUNDED * (oracle.arithmetic_dtype(dtype) != dtype)
 
 
+@jax.jit  # one program for every shift
+def shifted(p, shift, label) -> tuple:
+    """The losses, and their derivatives with respect to both."""
+
+    def of(p, shift):
+        return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
+
+    gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
+    return of(p, shift), gradients(p, shift)
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e-12, 1e-7, 1e-3])
 def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None:
     """Neither p + log_epsilon nor 1 - p + log_epsilon is rounded: value, gradient, by the shift."""
@@ -830,17 +841,8 @@ def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None
     probs = probs[(probs > 0) & (probs < 1)]
     shift = np.asarray(shift, oracle.arithmetic_dtype(dtype))
     shifts = np.full(probs.shape, shift)
-
-    @jax.jit
-    def every(p, shift, label):
-        def of(p, shift):
-            return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
-
-        gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
-        return of(p, shift), gradients(p, shift)
-
     for label in 0.0, 1.0, 0.25:
-        value, (by_p, by_shift) = every(probs, shifts, label)
+        value, (by_p, by_shift) = shifted(probs, shifts, label)
         arguments = (probs, label, 1, shifts)
         expected = exact(of_probability, *arguments)[:2]
         expected = (*expected, exact(of_probability, *arguments, by=3)[1])
