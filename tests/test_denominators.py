@@ -292,10 +292,10 @@ def test_derivatives_of_a_denominator_do_not_overflow_before_the_loss(implementa
 @pytest.mark.parametrize(
     "columns",
     [
-        *(1, 5, 33, 96, 300),
+        *(1, 33, 300),
         *(
             pytest.param(n, marks=pytest.mark.thorough)
-            for n in (2, 3, 4, 8, 31, 32, 64, 95, 97, 130)
+            for n in (2, 3, 4, 5, 8, 31, 32, 64, 95, 96, 97, 130)
         ),
     ],
 )

@@ -676,7 +676,7 @@ def test_rules(check, relative: Callable) -> None:
     """Weights, masks, reductions and denominators are those of the loss."""
     x, y = scores(relative, (4, 2, 3)), oracle.random_labels(np.int8, (4, 2, 3), 1)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def every(x, y):
         return {rule: relative(x, y, **RULES[rule]) for rule in RULES}
 
@@ -700,7 +700,7 @@ def test_16_bit(relative: Callable) -> None:
     """Reduced losses are float32, elements and gradients have the logits' dtype, rounded once."""
     y = oracle.random_labels(np.uint8, (4, 300), 1)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def every(x):
         of = partial(relative, labels=y)
         gradient = jax.grad(partial(of, reduction="sum"))(x)
@@ -746,7 +746,7 @@ def test_nothing_of_a_dropped_element_is_seen(relative: Callable, mask: str) -> 
     y[1] = -1
     options = {"where": np.array([True, False, True])} if mask == "where" else {"ignore_label": -1}
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def evaluate(*operands):
         def of(x, y, weight, sample_weight):
             options_of = partial(relative, x, y, **options, label_smoothing=0.1)
