@@ -1,8 +1,8 @@
-"""What every test shares: JAX on a platform, the implementations, and the comparison in ulp.
+"""What the tests share: the platforms, the implementations, and comparisons in ulp.
 
-A kernel that is not there skips its tests with the reason. Where `JAX_BCE_REQUIRE` (a list such as
-"cpu,nvcc") names it, they fail instead. The terminal summary prints the largest error that each
-kind of comparison reached. A run has a sample of the cases, `pytest --all` all of them.
+Tests of a missing kernel are skipped, and the reason is shown. If `JAX_BCE_REQUIRE` (a list such as
+"cpu,nvcc") names the kernel, they fail instead. The terminal summary prints the largest error of
+each kind of comparison. Without `--all`, only a sample of the cases is run; see sample.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,30 +48,30 @@ def require() -> Callable[[str], None]:
 
 @pytest.fixture(params=platforms.PLATFORMS)
 def platform(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each platform's kernel, on that platform, for what only a kernel promises."""
+    """Each platform's kernel, for tests of what only a kernel promises."""
     with platforms.kernel(request.param) as name:
         yield name
 
 
 @pytest.fixture
 def cpu() -> Iterator[str]:
-    """The CPU kernel, for what no GPU has."""
+    """The CPU kernel, for tests of what does not exist on a GPU."""
     with platforms.kernel("cpu") as name:
         yield name
 
 
 @pytest.fixture
 def cuda() -> Iterator[str]:
-    """The CUDA kernel, for what only a GPU shows."""
+    """The CUDA kernel, for tests that need a GPU."""
     with platforms.kernel("cuda") as name:
         yield name
 
 
 @pytest.fixture(params=platforms.IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each platform's kernel, and XLA's own path there, which is called "xla" on all of them."""
+    """Each platform's kernel and, as "xla", XLA's own code on that platform."""
     platform, way = request.param.split("-")
-    if request.param != "cpu-xla":  # which is there without any kernel
+    if request.param != "cpu-xla":  # needs no kernel
         platforms.require(platform)
     with platforms.on(platform):
         yield "xla" if way == "xla" else platform
@@ -92,7 +92,7 @@ label_dtype = pytest.fixture(
 
 
 class Check:
-    """Compares results with exact values, and keeps the largest error for the summary."""
+    """Compares results with exact values, and records the largest error for the summary."""
 
     def __init__(self, record: Callable[[str, object], None]) -> None:
         self._record_property = record

@@ -118,6 +118,9 @@ PUBLISHED = 1e-6
 WRONG = 1e-2
 # In eps: XLA's own sigmoid has other bits in vectors of another length (jax 0.12 with AVX-512).
 OTHER_VECTORS = 4.0
+# In eps: a sum of the shards' gradients, and its factors; more, relative to the largest, as the
+# gradients may cancel.
+SHARDS, SHARDS_CANCELLED = 4.0, 2.0
 # Float32 arithmetic around the loss in another order or on other devices, relative to the largest.
 SURROUNDINGS = 1e-5
 

@@ -26,6 +26,9 @@ import pytest
 # Kernels, and tools for CUDA without a GPU, whose absence is an error: in CI a skip must not hide
 # that nothing was tested.
 REQUIRED = set(filter(None, os.environ.get("JAX_BCE_REQUIRE", "").split(",")))
+# Compiler options for a program that is run once and whose last bits do not matter: XLA compiles it
+# in about half the time.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache

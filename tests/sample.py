@@ -1,8 +1,9 @@
-"""What a run without `--all` leaves out: most cases of a grid, what takes long, most examples.
+"""Which tests a run without `--all` leaves out: those that are slow, and most cases of a grid.
 
-Every test is run, but for those marked `thorough`. Of a parametrized one, cases are chosen in which
-each value of each parameter occurs, and does so with each kernel. XLA's own code has one case or
-more. The choice is the same in every run.
+A test marked `thorough` is left out. Every other test is run. A parametrized one runs with a few of
+its cases, chosen so that each value of each parameter is used with each kernel. XLA's own code does
+not get each value: it has at least one case of each test. The choice is the same in every run. Of
+the examples that hypothesis draws, a fifth is tested.
 """
 
 from collections import Counter, defaultdict
@@ -12,19 +13,20 @@ import pytest
 
 # Whether this run has the option `--all`.
 everything = False
-# Of the examples that hypothesis draws in a run with `--all`, a run without it has one in so many.
+# A run without `--all` draws this many times fewer examples with hypothesis.
 FEWER = 5
 
 
 def examples(number: int) -> int:
-    """How many examples hypothesis draws where a run with `--all` has `number`."""
+    """How many examples hypothesis draws in this run, if a run with `--all` draws `number`."""
     return number if everything else -(-number // FEWER)
 
 
 def cover(cases: Sequence[Iterable[Hashable]]) -> list[int]:
-    """The places of a few cases in which everything that is in any of them occurs.
+    """The indices of a few cases that together contain every member of all cases.
 
-    Each is the one that adds most, then the one whose members were seen least.
+    A greedy choice: the next case is the one that adds the most new members, and among equals the
+    one whose members were chosen least often.
     """
     missing = {member for case in cases for member in case}
     seen = Counter[Hashable]()
@@ -44,7 +46,7 @@ def cover(cases: Sequence[Iterable[Hashable]]) -> list[int]:
 
 
 def members(item: pytest.Item) -> list[Hashable]:
-    """What a case is to stand for: its parameters' values, which may be of any type."""
+    """What a case covers: the values of its parameters, alone and together with its kernel."""
     call = getattr(item, "callspec", None)
     values = {name: repr(value) for name, value in call.params.items()} if call else {}
     implementation = values.get("implementation", "xla")
@@ -53,7 +55,7 @@ def members(item: pytest.Item) -> list[Hashable]:
 
 
 def of(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Those that this run has, in their order."""
+    """The tests of this run, in their order."""
     if everything:
         return list(items)
     tests = defaultdict[str, list[pytest.Item]](list)

@@ -1,7 +1,7 @@
-"""Is the installed package whole? `make wheels` and the wheels' workflow ask that of each
-wheel, in an environment that holds nothing but its dependencies.
+"""Checks that an installed wheel is complete. `make wheels` and the wheels' workflow run this for
+each wheel, in an environment that holds only its dependencies.
 
-JAX_BCE_CUDA and CUDAARCHS say, as they did to the build, whether there should be a CUDA kernel.
+JAX_BCE_CUDA and CUDAARCHS say whether there should be a CUDA kernel, as they do for the build.
 """
 
 import math

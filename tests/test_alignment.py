@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import sample
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def operand_of(name: str, own: tuple[int, ...]) -> np.ndarray:
     return numbers % 3 != 1 if name == "where" else (numbers + 1) / 128
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=sample.examples(50), deadline=None, derandomize=True, database=None)
 @given(misaligned(tuple(FUNCTIONS)))
 @example(((2, 2, 3, 3), "where", (2, 3, 3), (0, 2, 3)))
 @example(((2, 2, 3, 3), "where", (2, 3, 3), (1, 2, 3)))
@@ -127,7 +128,7 @@ def test_the_fix_means_the_axes_that_it_names(case: tuple) -> None:
         oracle.assert_same_bits(seen(function, shape, key, fixed), full)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=sample.examples(30), deadline=None, derandomize=True, database=None)
 @given(misaligned(("labels",)), st.booleans())
 @example(((2, 2, 3, 3), "labels", (2, 3, 3), (0, 2, 3)), False)
 @example(((2, 1, 3), "labels", (2, 3, 1), (0, 2)), True)
@@ -150,7 +151,7 @@ def test_labels_for_several_logits_name_the_axes(case: tuple, integers: bool) ->
         call("loss", shape, labels=fixed)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=sample.examples(30), deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.data(), st.booleans())
 def test_class_indices_name_the_axis_of_the_classes(
     sizes: list[int], data: st.DataObject, kept: bool
@@ -193,7 +194,7 @@ def test_channels_last_labels_are_told_to_move_their_axes() -> None:
     ]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=sample.examples(30), deadline=None, derandomize=True, database=None)
 @given(misaligned(("normalizer",)), st.data())
 def test_the_fix_of_a_normalizer(case: tuple, data: st.DataObject) -> None:
     """Its axes are those of the result."""

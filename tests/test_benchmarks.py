@@ -35,6 +35,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough
 def test_dry_run_writes_a_record_of_every_implementation(tmp_path: Path) -> None:
     case = ("--sizes", "14", "--only", "^value_and_grad, mean, bfloat16, uint8", "--seconds", "0")
     options = (*case, "--families", "jax", "--dry-run", "--output", "records.jsonl")

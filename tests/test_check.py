@@ -16,6 +16,7 @@ import pytest
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from platforms import QUICKLY
 
 import jax_bce
 from jax_bce import _check
@@ -167,7 +168,7 @@ def test_what_a_call_is_given_and_gives(warned: Warned, name: str) -> None:
     """The check makes no NaN of its own either, where JAX looks for them."""
     call, expected = CALLS[name]
     with jax_bce.checking(), jax.debug_nans(True):
-        jax.jit(call)()
+        jax.jit(call, compiler_options=QUICKLY)()
     assert len(warned) == len(expected), warned
     for start, (message, filename, _) in zip(expected, warned, strict=True):
         assert message.startswith(f"jax_bce: {start}"), message
@@ -243,7 +244,8 @@ def test_in_every_transformation(cpu: str, warned: Warned, way: str, jit: bool) 
         return WAYS[way](x, y)
 
     with jax_bce.checking():
-        (jax.jit(function) if jit else function)(jnp.asarray(LOGITS), jnp.asarray(SIGNS))
+        called = jax.jit(function, compiler_options=QUICKLY) if jit else function
+        called(jnp.asarray(LOGITS), jnp.asarray(SIGNS))
     about_labels = [(f, line) for message, f, line in warned if "-1 and 1" in message]
     assert about_labels == [(__file__, LINE)], warned
 
@@ -368,7 +370,8 @@ def test_for_a_whole_program(tmp_path: Path) -> None:
 
 
 def checked_by_jax(function: Callable, x: object, y: object, errors: frozenset) -> str | None:
-    error, _ = jax.jit(checkify.checkify(lambda x, y: function(x, y), errors=errors))(x, y)
+    checked = checkify.checkify(lambda x, y: function(x, y), errors=errors)
+    error, _ = jax.jit(checked, compiler_options=QUICKLY)(x, y)
     return error.get()
 
 

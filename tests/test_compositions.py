@@ -17,6 +17,7 @@ from hypothesis import given, reject, seed, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -184,9 +185,8 @@ NAMES = sorted(TRANSFORMATIONS)
 def nested(function: Function, names: tuple[str, ...], dtype: str) -> jax.Array:
     for name in reversed(names):
         function = partial(TRANSFORMATIONS[name], function)
-    # Each is run once: compiling it takes the time.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=options)(LOGITS.astype(dtype), LABELS.astype(dtype))
+    compiled = jax.jit(function, compiler_options=QUICKLY)
+    return compiled(LOGITS.astype(dtype), LABELS.astype(dtype))
 
 
 # In parts, for several processes at once.

@@ -172,7 +172,9 @@ def one_thread(require) -> dict:
     return run_with(threads=1, devices=1)
 
 
-@pytest.mark.parametrize(("threads", "devices"), [(2, 1), (5, 1), (1, 8)])
+@pytest.mark.parametrize(
+    ("threads", "devices"), [(2, 1), pytest.param(5, 1, marks=pytest.mark.thorough), (1, 8)]
+)
 def test_every_thread_count(one_thread: dict, threads: int, devices: int) -> None:
     """Also 8 devices that share a pool: they would deadlock if a caller waited for the pool."""
     several = run_with(threads, devices)

@@ -102,6 +102,7 @@ def test_train_digits(platform: str, tmp_path: Path) -> None:
         assert_current(tmp_path / "train_digits.png")
 
 
+@pytest.mark.thorough
 def test_train_digits_reads_an_npz(cpu: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
     np.savez(tmp_path / "mnist.npz", x_train=pixels, y_train=np.arange(60) % 10)
@@ -136,11 +137,13 @@ def test_speed(tmp_path: Path) -> None:
     assert_current(tmp_path / "speed.png")
 
 
+@pytest.mark.thorough
 def test_train_flax(platform: str, tmp_path: Path) -> None:
     output = run("examples/train_flax.py", "--epochs", "3", folder=tmp_path, platform=platform)
     assert float(re.search(r"unseen digits (\d\.\d+)", output)[1]) > 0.8
 
 
+@pytest.mark.thorough
 def test_benchmark(cpu: str, tmp_path: Path) -> None:
     """Small, for its records: speed is no matter of a test."""
     small = ("--sizes", "10", "--seconds", "0.1", "--output", "records.jsonl")
@@ -155,6 +158,7 @@ def test_benchmark(cpu: str, tmp_path: Path) -> None:
         assert record["share_of_copy_bandwidth"] > 0
 
 
+@pytest.mark.thorough
 def test_benchmark_of_calls(cpu: str, tmp_path: Path) -> None:
     """Small, for its records: speed is no matter of a test."""
     small = ("--n", "8", "--seconds", "0.01", "--repeats", "1", "--output", "records.jsonl")

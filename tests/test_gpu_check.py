@@ -26,6 +26,7 @@ def test_no_gpu(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_record_is_continued(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     for limit in ("60", "0"):

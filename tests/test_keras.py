@@ -25,6 +25,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from platforms import QUICKLY
 
 import jax_bce
 import jax_bce.keras as ours
@@ -109,7 +110,8 @@ def losses_and_gradient(create: Callable, shapes: Shapes, from_logits: bool) -> 
         values = enumerate(results.values(), 1)
         return sum(i * jnp.sum(jnp.sin(value)) for i, value in values), results
 
-    (_, losses), gradient = jax.jit(jax.value_and_grad(all_losses, has_aux=True))(y_pred)
+    of_all = jax.value_and_grad(all_losses, has_aux=True)
+    (_, losses), gradient = jax.jit(of_all, compiler_options=QUICKLY)(y_pred)
     return losses, gradient
 
 
@@ -169,7 +171,7 @@ def test_functions(name: str, arguments: dict, from_logits: bool) -> None:
     y_true, y_pred, _, _ = data(Shapes((4, 5, 3), (4, 5, 3)), from_logits)
     arguments = arguments | {"from_logits": from_logits}
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
     def both(module_name: str, y_true: jax.Array, y_pred: jax.Array) -> tuple:
         function = partial(getattr(PEERS[module_name], name), **arguments)
         cotangent = jnp.cos(jnp.arange(60.0)[: jax.eval_shape(function, y_true, y_pred).size])

@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.example_libraries import stax
 from jax.nn import sigmoid
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -126,7 +127,7 @@ def same_compiled(model: Callable, twin: Callable, *arguments: Any) -> None:
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(value)), value
 
         derivative = jax.value_and_grad(total, range(len(arguments)), has_aux=True)
-        return jax.jit(derivative)(*arguments)
+        return jax.jit(derivative, compiler_options=QUICKLY)(*arguments)
 
     jax.tree.map(oracle.assert_same_bits, compiled(jax_bce.logits_of(model)), compiled(twin))
 
@@ -267,7 +268,9 @@ def test_every_mode_of_differentiation() -> None:
             *hessians,
             jax.jacfwd(hessians[1]),
         ]
-        return jax.jit(lambda w: [derivative(w) for derivative in derivatives])
+        return jax.jit(
+            lambda w: [derivative(w) for derivative in derivatives], compiler_options=QUICKLY
+        )
 
     expected = modes(twin)(W)
     for around in (AROUND["nothing"], AROUND["jit"]):

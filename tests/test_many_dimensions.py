@@ -14,6 +14,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from oracle import FLOAT64
+from platforms import QUICKLY
 
 import jax_bce
 from jax_bce import _primitive
@@ -49,7 +50,7 @@ def with_weight(**keywords: object) -> Callable:
     def total(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.sum(jax_bce.loss(logits, labels, weight=weight, **keywords))
 
-    return jax.jit(jax.value_and_grad(total))
+    return jax.jit(jax.value_and_grad(total), compiler_options=QUICKLY)
 
 
 def every_other(rank: int) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ def mapped_in_turn(times: int, **keywords: object) -> Callable:
     function = jax.value_and_grad(lambda x, y: jnp.sum(jax_bce.loss(x, y, **keywords)))
     for time in range(times):
         function = jax.vmap(function, (None, 0) if time % 2 else (0, None))
-    return jax.jit(function)
+    return jax.jit(function, compiler_options=QUICKLY)
 
 
 @pytest.mark.parametrize("keywords", [{}, {"reduction": "none"}, {"residuals": "recompute"}])

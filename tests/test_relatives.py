@@ -214,6 +214,21 @@ EXTREME_Y = np.array([0, 1, 2e-38, 1e-30, 1e-19, 1e-7, 0.5, 1 - 1e-7], FLOAT32)
 EXTREME = np.broadcast_arrays(EXTREME_X[:, None, None], EXTREME_Y[:, None], GAMMA)
 
 
+@partial(jax.jit, static_argnums=0)  # one program for every clip
+def three_derivatives(relative: Callable, x, y, numbers: dict) -> tuple:
+    """The elements and three derivatives, the third by either mode."""
+
+    def of(x):
+        return relative(x, y, **numbers, reduction="none")
+
+    def along(function):
+        return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+    gradient = jax.grad(lambda x: jnp.sum(of(x)))
+    twice = jax.grad(lambda x: jnp.sum(gradient(x)))
+    return of(x), gradient(x), along(gradient)(x), along(along(gradient))(x), along(twice)(x)
+
+
 @pytest.mark.parametrize(
     ("dtype", "clip"),
     [*((FLOAT32, clip) for clip in (None, 0.0, 1e-20, 0.05)), (FLOAT64, None), (FLOAT64, 0.05)],
@@ -226,23 +241,14 @@ def test_extreme_logits_and_labels(check, dtype: np.dtype, clip: float | None) -
     if dtype == FLOAT64:
         x = np.where(abs(x) == np.finfo(FLOAT32).max, np.copysign(np.finfo(FLOAT64).max, x), x)
     if clip is None:
-        of = partial(jax_bce.focal_loss, labels=y, gamma=gamma, reduction="none")
-        definition, arguments, of_scales = focal, (x, y, gamma), focal_scales
+        relative, numbers = jax_bce.focal_loss, {"gamma": gamma}
+        definition, of_scales = focal, focal_scales
     else:
-        gammas = {"gamma_neg": gamma, "gamma_pos": 5 - gamma, "clip": np.asarray(clip, dtype)}
-        of = partial(jax_bce.asymmetric_loss, labels=y, **gammas, reduction="none")
-        definition, arguments, of_scales = asymmetric, (x, y, *gammas.values()), asymmetric_scales
-
-    @jax.jit
-    def every(x):
-        def along(function):
-            return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
-
-        gradient = jax.grad(lambda x: jnp.sum(of(x)))
-        twice = jax.grad(lambda x: jnp.sum(gradient(x)))
-        return of(x), gradient(x), along(gradient)(x), along(along(gradient))(x), along(twice)(x)
-
-    found = every(x)
+        relative = jax_bce.asymmetric_loss
+        numbers = {"gamma_neg": gamma, "gamma_pos": 5 - gamma, "clip": np.asarray(clip, dtype)}
+        definition, of_scales = asymmetric, asymmetric_scales
+    arguments = (x, y, *numbers.values())
+    found = three_derivatives(relative, x, y, numbers)
     for order, actual in enumerate(found):
         finite = np.isfinite(actual)
         assert finite.all(), (order, [v[~finite][:3] for v in (x, y, gamma)])
@@ -670,7 +676,7 @@ def test_rules(check, relative: Callable) -> None:
     """Weights, masks, reductions and denominators are those of the loss."""
     x, y = scores(relative, (4, 2, 3)), oracle.random_labels(np.int8, (4, 2, 3), 1)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def every(x, y):
         return {rule: relative(x, y, **RULES[rule]) for rule in RULES}
 
@@ -694,7 +700,7 @@ def test_16_bit(relative: Callable) -> None:
     """Reduced losses are float32, elements and gradients have the logits' dtype, rounded once."""
     y = oracle.random_labels(np.uint8, (4, 300), 1)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def every(x):
         of = partial(relative, labels=y)
         gradient = jax.grad(partial(of, reduction="sum"))(x)
@@ -740,7 +746,7 @@ def test_nothing_of_a_dropped_element_is_seen(relative: Callable, mask: str) -> 
     y[1] = -1
     options = {"where": np.array([True, False, True])} if mask == "where" else {"ignore_label": -1}
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=platforms.QUICKLY)
     def evaluate(*operands):
         def of(x, y, weight, sample_weight):
             options_of = partial(relative, x, y, **options, label_smoothing=0.1)
@@ -815,6 +821,17 @@ def rounded(dtype: np.dtype) -> float:
     return bound + oracle.ROUNDED * (oracle.arithmetic_dtype(dtype) != dtype)
 
 
+@jax.jit  # one program for every shift
+def shifted(p, shift, label) -> tuple:
+    """The losses, and their derivatives with respect to both."""
+
+    def of(p, shift):
+        return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
+
+    gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
+    return of(p, shift), gradients(p, shift)
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e-12, 1e-7, 1e-3])
 def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None:
     """Neither p + log_epsilon nor 1 - p + log_epsilon is rounded: value, gradient, by the shift."""
@@ -824,17 +841,8 @@ def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None
     probs = probs[(probs > 0) & (probs < 1)]
     shift = np.asarray(shift, oracle.arithmetic_dtype(dtype))
     shifts = np.full(probs.shape, shift)
-
-    @jax.jit
-    def every(p, shift, label):
-        def of(p, shift):
-            return jax_bce.loss_from_probs(p, label, log_epsilon=shift, reduction="none")
-
-        gradients = jax.grad(lambda *operands: jnp.sum(of(*operands)), (0, 1))
-        return of(p, shift), gradients(p, shift)
-
     for label in 0.0, 1.0, 0.25:
-        value, (by_p, by_shift) = every(probs, shifts, label)
+        value, (by_p, by_shift) = shifted(probs, shifts, label)
         arguments = (probs, label, 1, shifts)
         expected = exact(of_probability, *arguments)[:2]
         expected = (*expected, exact(of_probability, *arguments, by=3)[1])
@@ -853,17 +861,19 @@ def test_both_logarithms_are_exact(check, dtype: np.dtype, shift: float) -> None
             check.ulps(f"shifted {what}", actual, own, bound, scale=scale, inputs=(probs,))
 
 
+tf_keras = jax.jit(
+    partial(jax_bce.loss_from_probs, epsilon=1e-7, log_epsilon=1e-7, reduction="none")
+)
+
+
 @pytest.mark.parametrize("prob", [0.0, 1e-9, 1e-7, 1e-3, 0.4, 0.5, 0.9, 1 - 1e-6, 1 - 1e-7, 1.0])
 def test_log_epsilon_is_that_of_tf_keras(prob: float) -> None:
     """Its formula in float64, of the probability that it clips in float32."""
     prob, epsilon = np.float32(prob), np.float32(1e-7)
     clipped = np.float64(np.clip(prob, epsilon, 1 - epsilon))
-    for label, argument in ((1, clipped), (0, 1 - clipped)):
-        found = compiled(
-            jax_bce.loss_from_probs, prob, labels=label, epsilon=1e-7, log_epsilon=1e-7
-        )
-        expected = -np.log(argument + 1e-7)
-        np.testing.assert_allclose(found, expected, rtol=oracle.PUBLISHED, atol=oracle.PUBLISHED)
+    found = tf_keras(np.full(2, prob), np.float32([1, 0]))
+    expected = -np.log(np.array([clipped, 1 - clipped]) + 1e-7)
+    np.testing.assert_allclose(found, expected, rtol=oracle.PUBLISHED, atol=oracle.PUBLISHED)
 
 
 OUTSIDE = [-np.inf, -1, -1e-3, -1e-40, 1.01, 1.5, 2, np.inf, np.nan]
@@ -890,8 +900,8 @@ def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
         def alone(of):  # one probability with each label
             value_and_gradient = jax.value_and_grad(of, (0, 1))
             second = jax.grad(jax.grad(of))
-            by_label = jax.vmap(lambda p, y: (value_and_gradient(p, y), second(p, y)), (None, 0))
-            return jax.vmap(by_label, (0, None))(p[:, 0], labels)
+            each = jax.vmap(lambda p, y: (value_and_gradient(p, y), second(p, y)))
+            return each(jnp.repeat(p, len(labels)), jnp.tile(labels, len(p)))
 
         options = [{"reduction": "sum", **options} for options in OUTSIDE_OPTIONS.values()]
         return [
@@ -904,7 +914,7 @@ def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
     clipped = jax_bce.loss_from_probs(outside[:3], 0.5, epsilon=0.1, reduction="none")
     assert np.isfinite(np.asarray(clipped)).all()
     dropped = partial(jax_bce.loss_from_probs, labels=1, where=np.zeros(outside.shape, bool))
-    value, gradient = jax.value_and_grad(dropped)(outside)
+    value, gradient = compiled(jax.value_and_grad(dropped), outside)
     assert value == 0
     assert not np.asarray(gradient).any()
 
@@ -916,35 +926,42 @@ def test_subnormal_probabilities(check, dtype: np.dtype) -> None:
     smallest, tiny = float(info.smallest_subnormal), float(info.tiny)
     probs = oracle.round_to([smallest, 3 * smallest, tiny / 3, tiny - smallest, tiny], dtype)
     of = partial(jax_bce.loss_from_probs, labels=1, reduction="none")
-    wide = probs.astype(np.float64)
-    losses = {
+    gradient = jax.grad(lambda p: jnp.sum(of(p)))
+    # The other label's logarithm drops out, with all its derivatives.
+    zero = jax.grad(partial(jax_bce.loss_from_probs, labels=0, reduction="sum"))
+
+    @jax.jit
+    def every(p):
+        losses = {
+            "compiled": of(p),
+            "clipped at a constant, compiled": of(p, epsilon=0.0),
+            "clipped in a sum, compiled": jax.vmap(partial(of, epsilon=0.0, reduction="sum"))(
+                p[:, None]
+            ),
+        }
+        slopes = gradient(p), jax.jvp(of, (p,), (jnp.ones_like(p),))[1]
+        second = jax.grad(lambda p: jnp.sum(gradient(p)))(p)
+        return losses, slopes, second, zero(p), jax.grad(lambda p: jnp.sum(zero(p)))(p)
+
+    losses, slopes, second, *of_zero = every(probs)
+    losses |= {
         "as it is": of(probs),
-        "compiled": compiled(of, probs),
         "mapped": jax.vmap(of)(probs),
         "clipped": of(probs, epsilon=0.0),
-        "clipped at a constant, compiled": compiled(partial(of, epsilon=0.0), probs),
-        "clipped in a sum, compiled": compiled(
-            lambda p: jax.vmap(partial(of, epsilon=0.0, reduction="sum"))(p[:, None]), probs
-        ),
     }
+    slopes = (*slopes, gradient(probs))
+    wide = probs.astype(np.float64)
     for how, loss in losses.items():
         check.ulps(f"subnormal, {how}", loss, -np.log(wide), rounded(dtype))
-    gradient = jax.grad(lambda p: jnp.sum(of(p)))
-    gradients = gradient(probs), compiled(gradient, probs)
-    second = compiled(jax.grad(lambda p: jnp.sum(gradient(p))), probs)
-    _, tangent = jax.jvp(jax.jit(of), (probs,), (np.ones_like(probs),))
     with np.errstate(over="ignore"):
-        slopes = np.maximum(-1 / wide, -oracle.largest_derivative(dtype))
-    for slope in *gradients, tangent:
-        check.ulps("subnormal gradient", slope, slopes, rounded(dtype))
+        exact_slopes = np.maximum(-1 / wide, -oracle.largest_derivative(dtype))
+    for slope in slopes:
+        check.ulps("subnormal gradient", slope, exact_slopes, rounded(dtype))
     if dtype != FLOAT16:  # whose range the exact ones exceed
-        assert np.isfinite(np.asarray(gradients, np.float64)).all()
+        assert np.isfinite(np.asarray(slopes, np.float64)).all()
         assert np.isfinite(np.asarray(second, np.float64)).all()
     assert (np.asarray(second) > 0).all()
-    # The other label's logarithm drops out, with all its derivatives.
-    zero = jax.grad(lambda p: jnp.sum(jax_bce.loss_from_probs(p, 0, reduction="sum")))
-    np.testing.assert_array_equal(compiled(zero, probs), np.ones_like(probs))
-    np.testing.assert_array_equal(jax.grad(lambda p: jnp.sum(zero(p)))(probs), np.ones_like(probs))
+    np.testing.assert_array_equal(of_zero, np.ones((2, *probs.shape)))
 
 
 def test_a_weight_of_zero_drops_an_infinite_loss_of_probabilities() -> None:

@@ -1,4 +1,4 @@
-"""`make test` runs a sample of every grid, and CI runs every case."""
+"""`make test` runs a sample of the cases, and CI runs every case."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def options_of(target: str) -> list[str]:
 
 
 def test_ci_runs_every_case(pytestconfig: pytest.Config) -> None:
-    """Whatever is marked: no target of CI could reach what this one deselects."""
+    """No mark keeps a test from CI: `make test-all` deselects nothing."""
     assert "step make test-all " in (ROOT / ".ci" / "run").read_text()
     assert options_of("test-all") == [*PARALLEL, "--all"]
     assert options_of("test") == PARALLEL
@@ -36,7 +36,7 @@ def test_ci_runs_every_case(pytestconfig: pytest.Config) -> None:
     assert not [option for option in pytestconfig.getini("addopts") if selecting.match(option)]
 
 
-def test_all_leaves_out_nothing(
+def test_all_leaves_nothing_out(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "everything", True)
@@ -53,7 +53,7 @@ def test_all_leaves_out_nothing(
 def test_a_sample_has_every_test(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And every value of each parameter, with every kernel that it goes with."""
+    """And every value of each parameter, with every kernel that takes it."""
     monkeypatch.setattr(sample, "everything", False)
     items = [i for i in request.session.items if not i.get_closest_marker("thorough")]
     chosen = sample.of(items)
@@ -72,11 +72,11 @@ def test_a_grid_takes_as_many_cases_as_its_longest_side(sizes: tuple[int, ...]) 
     assert len(chosen) == max(sizes)
     seen = [member for place in chosen for member in grid[place]]
     assert set(seen) == set(itertools.chain(*grid))
-    # Every value of a parameter is seen as often as the others, as far as the numbers allow.
+    # The values of a parameter are used equally often, or nearly so.
     for parameter in range(len(sizes)):
         counts = [seen.count((parameter, value)) for value in range(sizes[parameter])]
         assert max(counts) - min(counts) <= 1
 
 
-def test_what_has_no_parameters_is_chosen() -> None:
+def test_a_test_without_parameters_is_chosen() -> None:
     assert sample.cover([[]]) == [0]

@@ -20,6 +20,7 @@ import oracle
 import pytest
 from jax.flatten_util import ravel_pytree
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -59,8 +60,6 @@ OPTIONS = {
     "normalizer of rows": {"axis": 1},
 }
 NORMALIZERS = {"normalizer": 2.5, "normalizer of rows": [2.5, 0.5, 1.5]}
-# Each is run once: compiling it takes the time.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def point_of(form: str, option: str, dtype: np.dtype = FLOAT64) -> Point:

@@ -24,6 +24,7 @@ from hlo import collectives, kernel_calls, passes_outside_loops
 from jax import export, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracle import FLOAT32
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -44,8 +45,6 @@ PLACES = {
     "normalizer": (),
 }
 IGNORED = np.int8(-1)
-# Each is run once: compiling it takes the time.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def drawn(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -311,8 +310,12 @@ def test_export_of_any_batch(cpu: str, reduction: str, implementation: str | Non
             name: value[:rows] if ROWS in value.shape else value
             for name, value in inputs(*EVERY[:-1]).items()
         }
-        expected = jax.jit(partial(function, implementation="xla"))(operands)
-        assert_close(exported.call(operands), expected)
+
+        @partial(jax.jit, compiler_options=QUICKLY)
+        def both(operands: Operands) -> tuple:
+            return exported.call(operands), function(operands, implementation="xla")
+
+        assert_close(*both(operands))
 
 
 WIDE = (512, 65536)
@@ -420,7 +423,8 @@ def test_relatives(name: str) -> None:
 def test_relatives_on_a_mesh(cpu: str, name: str, kind: AxisType) -> None:
     """XLA spreads a formula by itself: nothing is gathered."""
     operands = inputs_of_relatives()
-    function = jax.jit(partial(value_and_grad, loss=relative_of(name)))
+    function = partial(value_and_grad, loss=relative_of(name))
+    function = jax.jit(function, compiler_options=QUICKLY)
     expected = function(operands)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):

@@ -107,6 +107,7 @@ def test_lightgbm(
     assert_close(found["logits"], expected.predict(FEATURES, raw_score=True))
 
 
+@pytest.mark.thorough
 def test_classifiers(cpu: str, xgb: ModuleType, lgb: ModuleType, names: dict[str, Any]) -> None:
     """Whose objectives take the labels first; both start from 0 here."""
     run(names, False, 1.0, recipes("XGBoost")[0])
