@@ -89,6 +89,7 @@ def test_a_stale_picture_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert_same(saved("moved", 2.5, 3.0), kept)
 
 
+@pytest.mark.thorough
 def test_train_digits(platform: str, tmp_path: Path) -> None:
     """At the default settings: it takes seconds, and it is the first claim of the README."""
     output = run("examples/train_digits.py", folder=tmp_path, platform=platform)

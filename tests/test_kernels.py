@@ -111,6 +111,7 @@ def test_faults_are_found(parts: tuple, healthy: Path, fault: str, words: str) -
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 @pytest.mark.parametrize(("right", "wrong"), CONSTANTS)
 def test_a_wrong_constant_is_found(parts: tuple, tmp_path: Path, right: str, wrong: str) -> None:
     test, driver, _ = parts

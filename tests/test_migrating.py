@@ -519,6 +519,7 @@ def falls(column: list[str]) -> bool:
     return values == sorted(values, reverse=True) and values[-1] < values[0]
 
 
+@pytest.mark.thorough
 def test_port_optax(run: Run) -> None:
     curves, difference = run("port_optax.py", 3)
     assert curves["optax, times the mask"] == ["nan"] * 3
@@ -526,6 +527,7 @@ def test_port_optax(run: Run) -> None:
     assert difference <= oracle.SURROUNDINGS
 
 
+@pytest.mark.thorough
 def test_port_keras(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KERAS_BACKEND")
     curves, difference = run("port_keras.py", 10)
@@ -537,6 +539,7 @@ def test_port_keras(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference <= oracle.SURROUNDINGS
 
 
+@pytest.mark.thorough
 def test_port_torch(run: Run, require: Callable[[str], None]) -> None:
     require("torch")
     curves, difference = run("port_torch.py", 30)

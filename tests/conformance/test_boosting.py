@@ -95,6 +95,7 @@ def test_xgboost(
         assert_close(found["booster"].predict(data, **options), expected.predict(data, **options))
 
 
+@pytest.mark.thorough  # its import alone takes seconds, and XGBoost is asked the same
 @cases
 def test_lightgbm(
     cpu: str, lgb: ModuleType, names: dict[str, Any], weighted: bool, positives: float
