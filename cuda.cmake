@@ -93,6 +93,8 @@ set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/bce_cuda.o)
 add_custom_command(
   OUTPUT ${OBJECT}
   DEPENDS ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.cu ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h
+          ${CMAKE_SOURCE_DIR}/csrc/bce_cuda_loop.cuh ${CMAKE_SOURCE_DIR}/csrc/bce_cuda_rows.cuh
+          ${CMAKE_SOURCE_DIR}/csrc/bce_cuda_numbers.cuh
           ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
   COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
           $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}

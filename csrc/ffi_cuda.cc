@@ -64,7 +64,7 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
   define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
   module.def("workspace", &cuda_workspace);
-  module.attr("block") = kBlock;
+  module.attr("group") = kGroup;
   module.def("driver_version", &cuda_driver_version);
   module.def("compute_capabilities", &cuda_compute_capabilities);
   module.attr("runtime_version") = cuda_runtime_version();
