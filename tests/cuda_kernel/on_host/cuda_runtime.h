@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <random>
 
@@ -41,13 +42,14 @@ namespace jax_bce {
 inline uint4 shared_memory[3072];
 }
 
-// A GPU's approximations, which may be this wrong, in ulp.
+// A GPU's approximations, which may be a few ulp off.
 inline int exp2_ulps = 0, reciprocal_ulps = 0;
-inline float changed(float value, int ulps) {
-  return value > 0 && value < 1e30f ? value + ulps * (value * 0x1p-23f) : value;
+inline float off_by(float value, int ulps) {
+  const float below = nextafterf(value, 0);
+  return std::isfinite(value) ? value + ulps * (value - below) : value;
 }
-#define BCE_EXP2_ON_HOST(b) changed(exp2f(b) < 0x1p-126f ? 0 : exp2f(b), exp2_ulps)
-#define BCE_RECIPROCAL_ON_HOST(b) (1 / (b))
+#define BCE_EXP2_ON_HOST(b) off_by(exp2f(b) < 0x1p-126f ? 0 : exp2f(b), exp2_ulps)
+#define BCE_RECIPROCAL_ON_HOST(b) off_by(1 / (b), reciprocal_ulps)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
