@@ -58,7 +58,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_program.py
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/*)
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu csrc/*.cuh $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/*)
 	$(VENV)/bin/actionlint .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml

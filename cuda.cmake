@@ -111,14 +111,13 @@ list(JOIN PTX ", " PTX)
 message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES}${WHY}, PTX of ${PTX}, by ${NVCC}")
 
 # -fmad=false: as in the CPU kernels, no product is rounded where the source does not say so.
+file(GLOB HEADERS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*.h ${CMAKE_SOURCE_DIR}/csrc/*.cuh)
 foreach(source bce_cuda known_answer)
   set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/${source}.o)
   list(APPEND OBJECTS ${OBJECT})
   add_custom_command(
     OUTPUT ${OBJECT}
-    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${CMAKE_SOURCE_DIR}/csrc/${source}.h
-            ${CMAKE_SOURCE_DIR}/csrc/bce_cuda.h ${CMAKE_SOURCE_DIR}/csrc/bce_problem.h
-            ${CMAKE_SOURCE_DIR}/csrc/bce_math.h
+    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${HEADERS}
     COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
             $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
             -ccbin ${CMAKE_CXX_COMPILER}

@@ -64,6 +64,7 @@ struct Vector {
   static BCE_INLINE Float from_bits(Bits bits) { return reinterpret_cast<Float>(bits); }
 
   static BCE_INLINE Float divide(Float a, Float b) { return a / b; }
+  static BCE_INLINE Float magnitude(Float value) { return from_bits(to_bits(value) << 1 >> 1); }
 
   template <class Mask>
   static BCE_INLINE Float select(Mask mask, Float yes, Float no) {
@@ -377,7 +378,7 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
     V::store(tile.e_low + i, exponential.e_low);
     if constexpr (!kCommon) V::store(tile.e_scale + i, exponential.scale);
     // Magnitudes are in the order of their bits, with infinity and NaN at the end.
-    const Bits magnitude = V::to_bits(magnitude_of<V>(logit));
+    const Bits magnitude = V::to_bits(V::magnitude(logit));
     largest = magnitude > largest ? magnitude : largest;
     soft |= V::to_bits(V::fma(label, label, -label));
   });

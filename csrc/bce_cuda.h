@@ -9,10 +9,10 @@ struct CUstream_st;  // *cudaStream_t, without CUDA's headers
 
 namespace jax_bce {
 
-// The number of float64 values that bce_cuda needs for the sums of blocks. A row of one block needs
+// The number of float64 values that bce_cuda needs for the sums of groups. A row of one group needs
 // none.
 constexpr int64_t cuda_workspace(int64_t rows, int64_t columns) {
-  return columns > kBlock ? rows * ((columns + kBlock - 1) / kBlock) : 0;
+  return columns > kGroup ? rows * ((columns + kGroup - 1) / kGroup) : 0;
 }
 
 // Enqueues the evaluation on the stream. Returns null, or CUDA's error message.

@@ -9,7 +9,7 @@
 //     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
 // "modifiers", and, with the next two bits, a divisor and its rounding error. On "CUDA", one more
-// result may follow: a workspace for the sums of blocks, if a row has several. The operands have
+// result may follow: a workspace for the sums of groups, if a row has several. The operands have
 // the same rank and are broadcast against each other (dimensions of size 1); scalars are broadcast,
 // too. The gradient has their common shape. `reduced_rank` trailing dimensions are summed into the
 // loss, which has the arithmetic's type, or float64 if the caller adds up further. If everything is

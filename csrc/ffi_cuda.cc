@@ -85,7 +85,7 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
   define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal, Initialize);
   module.def("workspace", &cuda_workspace);
-  module.attr("block") = kBlock;
+  module.attr("group") = kGroup;
   module.def("known_answer", &known_answer_of_devices_in_use,
              pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("driver_version", &cuda_driver_version);

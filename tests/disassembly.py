@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: the built module's disassembly, as Markdown tables.
 
-    python tests/disassembly.py                       # each architecture in short, 90 in full
+    python tests/disassembly.py                       # of 90
     python tests/disassembly.py --architecture 120
 
 Needs no GPU, but cuobjdump and nvdisasm: of a CUDA toolkit, of the packages nvidia-cuda-cuobjdump
@@ -13,24 +13,27 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from jax_bce import _kernels
 
-# The templates' arguments, as a symbol holds them: the logits' dtype and the width of a label.
+# The templates' arguments, as a symbol holds them: the dtypes of logits and labels ("S2_" is the
+# logits' own), and whether there are modifiers.
 LOGITS = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
-LABELS = {"": 0, "h": 1, "t": 2, "j": 4, "m": 8}
+LABELS = {"h": "uint8", "f": "float32", "S2_": "bfloat16", "NS0_3AnyE": "any"}
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-SYMBOL = re.compile(rf"\d([a-z_]+)I({'|'.join(LOGITS)})([{''.join(LABELS)}]?)")
+SYMBOL = re.compile(
+    rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})Lb([01]))?E"
+)
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)")
 
 LISTED = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 BRANCH = re.compile(r"(@\S+ )?BRA\S*(.*) 0x([0-9a-f]+)")
 ACCESS = re.compile(r"(@\S+ )?(LDG|STG)\.E(?:\.[A-Z]\w*)*?(?:\.[US]?(\d+))?(?:\.[A-Z]+)* ")
-# No evaluation of an element does without: reciprocals, and additions in float64.
-ARITHMETIC = re.compile(r"(@\S+ )?(MUFU|DADD)")
+RECIPROCAL = re.compile(r"(@\S+ )?MUFU")
 
 
 def find_cuobjdump() -> str | None:
@@ -90,64 +93,90 @@ def parse(disassembly: str) -> list[Instruction]:
     return code
 
 
-def innermost_loops(code: list[Instruction]) -> list[tuple[int, int]]:
-    """Their first and last instructions."""
-    loops = [
-        (first, last)
-        for last, instruction in enumerate(code)
-        for first in instruction.followers
-        if first < last
-    ]
-    return [
-        (first, last)
-        for first, last in loops
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
-    ]
+@dataclass(frozen=True)
+class Turn:
+    """What a thread does in one turn of a loop, by which its way through the code is found."""
+
+    loads: dict[int, int]  # how many of each width in bits
+    stores: tuple[int, int]  # width, and how many
+    approximations: int  # reciprocals and exponentials
+    votes: int = 1  # how often the warp decides which way to take
+    without: str = "STS"  # instructions of other ways: here, of tiles
 
 
-def common_way(
-    code: list[Instruction], first: int, last: int, logit_bytes: int, label_bytes: int
-) -> list[Instruction]:
-    """The instructions of one turn of an innermost loop, for common elements; or nothing.
+def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
+    """The shortest way from a vote back to it that does the turn's work; or nothing.
 
-    The loop holds the arithmetic twice, for common elements and for all others; also what only its
-    last turn needs, or a launch may not ask for. The common way leaves out no arithmetic, and for
-    each logit and label that it loads it stores one result of the logit's size; of those ways it is
-    the shortest. Should another way hold more arithmetic, that one is taken and is longer: too many
-    instructions may be counted, not too few.
+    Predicated instructions count, as they are issued even if their condition is false.
     """
-    # For each place and each number of bits stored before it: how good the best way there is, and
-    # the place and number before on it. Without inner loops, a way only goes forward.
-    best: dict = {place: {} for place in range(first, last + 2)}
-    best[first][0] = ((0, 0, 0), None)
-    for place in range(first, last + 1):
-        instruction = code[place]
-        followers = [f for f in instruction.followers if place < f <= last]
-        if place == last:
-            followers = [last + 1]
-        for stored, ((arithmetic, loaded, length), _) in best[place].items():
-            arithmetic += bool(ARITHMETIC.match(instruction.text))
-            quality = (arithmetic, loaded + instruction.width("LDG"), length - 1)
-            width = instruction.width("STG")
-            # A store under a condition is not always asked for.
-            for then in (
-                {stored + width, stored} if instruction.is_conditional else {stored + width}
-            ):
-                for follower in followers:
-                    if then not in best[follower] or quality > best[follower][then][0]:
-                        best[follower][then] = (quality, (place, stored))
-    ends = [
-        (quality, before)
-        for stored, (quality, before) in best[last + 1].items()
-        if 0 < stored * (logit_bytes + label_bytes) == quality[1] * logit_bytes
-    ]
-    way = []
-    _, before = max(ends, default=(None, None))
-    while before is not None:
-        place, stored = before
-        way.append(code[place])
-        _, before = best[place][stored]
-    return way[::-1]
+    without = re.compile(turn.without)
+    loaded = sum(width * count for width, count in turn.loads.items())
+    goal = (loaded, turn.stores[0] * turn.stores[1], turn.approximations, turn.votes)
+    best: list[int] = []
+    for start, vote in enumerate(code):
+        if "VOTE.ANY" not in vote.text:
+            continue
+        first = (start, 0, 0, 0, 1)
+        before: dict = {first: None}
+        queue = deque([first])
+        end = None
+        while queue and end is None:
+            state = queue.popleft()
+            for place in code[state[0]].followers:
+                if place == start and state[1:] == goal:
+                    end = state
+                    break
+                if place >= len(code) or place == start:
+                    continue
+                step = code[place]
+                load, store = step.width("LDG"), step.width("STG")
+                if without.search(step.text) or (load and load not in turn.loads):
+                    continue
+                if store and store != turn.stores[0] and not step.is_conditional:
+                    continue
+                # A store under a condition is not always asked for.
+                for stored in {store, 0} if step.is_conditional else {store}:
+                    done = (
+                        state[1] + load,
+                        state[2] + stored,
+                        state[3] + bool(RECIPROCAL.match(step.text)),
+                        state[4] + ("VOTE.ANY" in step.text),
+                    )
+                    following = (place, *done)
+                    fits = all(a <= b for a, b in zip(done, goal, strict=True))
+                    if fits and following not in before:
+                        before[following] = state
+                        queue.append(following)
+        found = []
+        while end is not None:
+            found.append(end[0])
+            end = before[end]
+        if found and (not best or len(found) < len(best)):
+            best = found[::-1]
+    return [code[place] for place in best]
+
+
+# The loops worth counting: name, dtypes of logits and labels, whether there are modifiers, and the
+# number of elements and the work of a turn.
+LOOPS = {
+    "float32": ("float32", "float32", False, 8, Turn({128: 4}, (128, 2), 16)),
+    "float32, uint8": ("float32", "uint8", False, 8, Turn({128: 2, 32: 2}, (128, 2), 16)),
+    "float32, short rows": (
+        *("float32", "float32", False, 8),
+        Turn({128: 4}, (128, 2), 16, without="DADD"),
+    ),
+    "float32, soft or smoothed": (
+        *("float32", "float32", False, 8),
+        Turn({128: 4}, (128, 2), 16, votes=2),
+    ),
+    "float32, a weight per class": (
+        *("float32", "any", True, 4),
+        Turn({128: 3}, (128, 1), 8),
+    ),
+    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48)),
+    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 24)),
+    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48)),
+}
 
 
 @dataclass
@@ -158,32 +187,32 @@ class Kernel:
     stack: int  # bytes of a thread, for what did not fit into registers
 
     def __post_init__(self) -> None:
-        self.name, logits, label = SYMBOL.search(self.symbol).groups()
-        self.logits, self.label_bytes = LOGITS[logits], LABELS[label]
+        self.name, logits, labels, modified = SYMBOL.search(self.symbol).groups()
+        self.logits, self.labels = LOGITS[logits], LABELS.get(labels, "")
+        self.modified = modified == "1"
 
     @cached_property
-    def main_loop(self) -> list[Instruction]:
-        """One turn of it: of the innermost loops, the one that loads four elements at a time."""
-        code = parse(cuobjdump("-sass", "-arch", f"sm_{self.architecture}", "-fun", self.symbol))
-        sizes = BYTES[self.logits], self.label_bytes
-        ways = [common_way(code, *loop, *sizes) for loop in innermost_loops(code)]
-        widths = {min(128, 32 * size) for size in sizes}
-        found = [
-            way
-            for way in ways
-            if way and widths == {width for each in way if (width := each.width("LDG"))}
-        ]
-        assert len(found) == 1, f"{len(found)} main loops in {self}"
-        return found[0]
+    def code(self) -> list[Instruction]:
+        return parse(cuobjdump("-sass", "-arch", f"sm_{self.architecture}", "-fun", self.symbol))
 
     @property
-    def instructions_per_element(self) -> float:
-        elements = sum(self.widths("LDG")) / 8 / (BYTES[self.logits] + self.label_bytes)
-        return len(self.main_loop) / elements
+    def warps(self) -> int:
+        """How many a multiprocessor with 65536 registers holds, in blocks of four."""
+        return 4 * (65536 // (128 * (self.registers + 7) // 8 * 8))
 
-    def widths(self, operation: str) -> list[int]:
-        """Of the main loop's loads ("LDG") or stores ("STG"), in bits."""
-        return [width for i in self.main_loop if (width := i.width(operation))]
+
+@dataclass
+class Loop:
+    name: str
+    kernel: Kernel
+    instructions: float  # for an element
+    loads: list[int]  # widths in bits
+    stores: list[int]
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """What all threads of a multiprocessor load while they evaluate."""
+        return self.kernel.warps * 32 * sum(self.loads) // 8
 
 
 def kernels(architecture: int) -> list[Kernel]:
@@ -195,44 +224,70 @@ def kernels(architecture: int) -> list[Kernel]:
 
 
 @cache
-def long_rows(architecture: int, logits: str, label_bytes: int) -> Kernel:
-    wanted = ("long_rows", logits, label_bytes)
-    (found,) = (k for k in kernels(architecture) if (k.name, k.logits, k.label_bytes) == wanted)
-    return found
+def loop(architecture: int, name: str) -> Loop:
+    logits, labels, modified, elements, turn = LOOPS[name]
+    wanted = ("evaluate", logits, labels, modified)
+    (kernel,) = (
+        k for k in kernels(architecture) if (k.name, k.logits, k.labels, k.modified) == wanted
+    )
+    found = way(kernel.code, turn)
+    assert found, f"no such way through {kernel}: {name}"
+    widths = {
+        operation: [width for i in found if (width := i.width(operation))]
+        for operation in ("LDG", "STG")
+    }
+    return Loop(name, kernel, len(found) / elements, widths["LDG"], widths["STG"])
+
+
+def markdown(*rows: list) -> str:
+    heading, *rest = rows
+    lines = [heading, ["---"] * len(heading), *rest]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def table_of_loops(architecture: int) -> str:
+    heading = ["", "loop", "instructions per element", "loads", "warps", "bytes in flight"]
+    loops = [loop(architecture, name) for name in LOOPS]
+    return markdown(
+        heading,
+        *(
+            [
+                *(architecture, each.name, f"{each.instructions:.1f}"),
+                ", ".join(map(str, each.loads)),
+                *(each.kernel.warps, each.bytes_in_flight),
+            ]
+            for each in loops
+        ),
+    )
 
 
 def table(rows: list[Kernel]) -> str:
-    lines = [
-        "| | kernel | logits | label bytes | registers | stack | loads | stores "
-        "| instructions per element |",
-        "| --: | --- | --- " + "| --: " * 6 + "|",
-    ]
-    for kernel in rows:
-        cells = [kernel.architecture, kernel.name, kernel.logits, kernel.label_bytes or ""]
-        cells += [kernel.registers, kernel.stack]
-        if kernel.label_bytes:
-            cells += [", ".join(map(str, kernel.widths(each))) for each in ("LDG", "STG")]
-            cells += [f"{kernel.instructions_per_element:.1f}"]
-        else:  # it has no elements, only their sums
-            cells += ["", "", ""]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    heading = ["", "kernel", "logits", "labels", "modifiers", "registers", "stack"]
+    return markdown(
+        heading,
+        *(
+            [
+                *(k.architecture, k.name, k.logits, k.labels),
+                *("yes" if k.modified else "", k.registers, k.stack),
+            ]
+            for k in rows
+        ),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--architecture", type=int, help="all kernels of this one, nothing else")
+    parser.add_argument("--architecture", type=int, help="instead of 90")
     asked = parser.parse_args().architecture
     if reason := missing():
         sys.exit(reason)
     if not asked:
         print(f"Machine code for {', '.join(map(str, architectures('elf')))}; ", end="")
         print(f"PTX of {', '.join(map(str, architectures('ptx')))}.\n")
-        types = ("float32", 4), ("bfloat16", 1)
-        print(table([long_rows(a, *t) for t in types for a in architectures("elf")]) + "\n")
     order = list(BYTES)
     found = kernels(asked or 90)
-    print(table(sorted(found, key=lambda k: (k.name, order.index(k.logits), k.label_bytes))))
+    print(table_of_loops(asked or 90) + "\n")
+    print(table(sorted(found, key=lambda k: (k.name, order.index(k.logits), k.labels))))
 
 
 if __name__ == "__main__":

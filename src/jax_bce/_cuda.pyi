@@ -2,7 +2,7 @@ from typing import Any
 
 xla_ffi_api_version: tuple[int, int]
 runtime_version: int
-block: int
+group: int
 machine_code: list[int]
 ptx: list[int]
 

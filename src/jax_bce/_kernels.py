@@ -255,7 +255,7 @@ def workspace(rows: Any, columns: Any) -> Any:
     """
     if isinstance(columns, int):
         return rows * _cuda.workspace(1, columns)
-    return rows * ((columns + _cuda.block - 1) // _cuda.block)
+    return rows * ((columns + _cuda.group - 1) // _cuda.group)
 
 
 def register() -> None:

@@ -12,8 +12,9 @@ namespace {
 using namespace jax_bce;
 
 // All that may differ from the CPU kernel. Of float32 logits on the host, nothing. A GPU divides
-// float32 numbers with an error of an ulp in a few of 2^27 (bce_cuda.cu), and that reaches a loss
-// at times. 16-bit logits have a shorter arithmetic there (narrow_of); `exact` has the bounds.
+// float32 numbers with an error of an ulp in a few of 2^27 (bce_cuda_numbers.cuh), and that reaches
+// a loss at times. 16-bit logits have a shorter arithmetic there (narrow_of); `exact` has the
+// bounds.
 constexpr bool kOnGpu = CUDART_VERSION > 0;
 
 struct Comparison {
@@ -27,8 +28,8 @@ struct Comparison {
 Comparison losses{"losses of float32 logits", kOnGpu ? 1 : 0, 1'000'000};
 Comparison others{"gradients of float32 logits, and results of float64 ones", 0, 1};
 Comparison narrow{"16-bit results", 2, 1'000};
-Comparison narrow_sums{"summed losses of 16-bit logits", 2, 1};
-Comparison wide{"32-bit results of 16-bit logits", kOnGpu ? 1 : 0, 1'000'000};
+Comparison narrow_sums{"summed losses of 16-bit logits", 8, 1};
+Comparison wide{"32-bit results of 16-bit logits", 8, 1};
 
 constexpr Type kTypes[] = {Type::kF16, Type::kBF16, Type::kF32, Type::kF64, Type::kBool,
                            Type::kI8,  Type::kU8,   Type::kI16, Type::kI32, Type::kI64};
@@ -68,9 +69,10 @@ To cast(const void* from) {
 }
 
 // Counts the results that are too far, and keeps the index of the first. Sums in float64 of a
-// narrower arithmetic are compared as float32.
+// narrower arithmetic are compared as float32. A float32 result may also be off by `slack`.
+template <class Slack>
 int64_t too_far(Comparison* comparison, Type type, Type arithmetic, const Array& result,
-                int64_t* first) {
+                int64_t* first, const Slack& slack) {
   const std::vector<char> found = result.download();
   int64_t count = 0;
   for (size_t at = 0; at < found.size(); at += width(type)) {
@@ -85,7 +87,11 @@ int64_t too_far(Comparison* comparison, Type type, Type arithmetic, const Array&
     const int64_t ulps = ulps_apart(std::min(type, arithmetic), expected, actual);
     ++comparison->results;
     comparison->different += ulps > 0;
-    if (ulps > comparison->allowed_ulps && count++ == 0) *first = at / width(type);
+    if (ulps <= comparison->allowed_ulps) continue;
+    if (type == Type::kF32 &&
+        std::fabs(cast<float>(expected) - cast<float>(actual)) <= slack(at / width(type)))
+      continue;
+    if (count++ == 0) *first = at / width(type);
   }
   return count;
 }
@@ -104,9 +110,19 @@ bool check(const Case& c, cudaStream_t stream) {
                                                       : &narrow;
   Comparison* of_gradients = !is_narrow ? &others : width(call.gradient_type) > 2 ? &wide : &narrow;
   const Type arithmetic = call.arithmetic;
+  // The terms of a gradient of 16-bit logits may cancel: 2^-21 of the larger one, which is below
+  // the factor for labels from 0 to 1.
+  const auto cancelled = [&](int64_t i) {
+    if (!is_narrow || c.modifiers) return 0.0;
+    const Problem problem = call.problem(&Array::host);
+    const Factor<float> factor =
+        problem.factor_at<float>(problem.row_start(i / c.columns), i % c.columns);
+    return std::fabs(double{factor.rest} * factor.power) * 0x1p-21;
+  };
   const int64_t count =
-      too_far(of_losses, call.loss_type, arithmetic, call.loss, &first) +
-      too_far(of_gradients, call.gradient_type, arithmetic, call.gradient, &first);
+      too_far(of_losses, call.loss_type, arithmetic, call.loss, &first,
+              [](int64_t) { return 0.0; }) +
+      too_far(of_gradients, call.gradient_type, arithmetic, call.gradient, &first, cancelled);
   if (count)
     std::printf(
         "%lld differ, the first at %lld: logits %s, labels %s, %lld x %lld, offset %d, "
@@ -144,6 +160,12 @@ bool same_anywhere(Case c, cudaStream_t stream) {
   return same;
 }
 
+void approximate_by([[maybe_unused]] int off) {
+#if CUDART_VERSION == 0
+  exp2_ulps = 2 * off, reciprocal_ulps = off;  // both make a loss larger, or smaller
+#endif
+}
+
 double number(Type type, uint16_t half) {
   const uint32_t bits = uint32_t{half} << 16;
   return type == Type::kF16 ? double{cast<_Float16>(&half)} : double{cast<float>(&bits)};
@@ -171,7 +193,7 @@ std::vector<double> finite_logits(Type type, int step) {
 }
 
 // Every finite logit of a 16-bit type: element by element, within 0.502 ulp (of the larger of the
-// gradient's terms). And one in `step`, as the mean of 1024 like it, within a relative 2^-23.
+// gradient's terms). And one in `step`, as the mean of 1024 like it, within a relative 2^-21.
 bool exact(Type type, double label, double smoothing, int step, cudaStream_t stream) {
   double worst_loss = 0, worst_gradient = 0, worst_mean = 0;
   const auto of = [&](bool mean) {
@@ -214,7 +236,7 @@ bool exact(Type type, double label, double smoothing, int step, cudaStream_t str
   of(true);
   std::printf("%s, label %g, smoothing %g: loss %.5f ulp, gradient %.5f ulp, mean 2^%.2f\n",
               name(type), label, smoothing, worst_loss, worst_gradient, std::log2(worst_mean));
-  return worst_loss <= 0.502 && worst_gradient <= 0.502 && worst_mean <= std::ldexp(1, -23);
+  return worst_loss <= 0.502 && worst_gradient <= 0.502 && worst_mean <= std::ldexp(1, -21);
 }
 
 }  // namespace
@@ -293,7 +315,12 @@ int main(int count, char** arguments) {
     for (double label : {0.0, 1.0, 0.1, 0.9})
       for (double smoothing : {0.0, 0.1}) {
         if (effort < 0) continue;
-        ++cases, failed += !exact(type, label, smoothing, effort > 0 ? 61 : 1021, stream);
+        // Not of a GPU, as far off as its approximations of 2^x and 1 / x may be.
+        for (int off = kOnGpu ? 0 : -1; off <= (kOnGpu ? 0 : 1); ++off) {
+          approximate_by(off);
+          ++cases, failed += !exact(type, label, smoothing, effort > 0 ? 61 : 1021, stream);
+        }
+        approximate_by(0);
       }
   must(cudaStreamDestroy(stream));
   for (const Comparison& comparison : {losses, others, narrow, narrow_sums, wide}) {

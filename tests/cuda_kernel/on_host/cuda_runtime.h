@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <random>
 
@@ -18,7 +19,8 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__
+#define __grid_constant__
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -30,6 +32,24 @@ template <class T>
 T __ldg(const T* from) {
   return *from;
 }
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
+// The kernels' dynamic shared memory.
+namespace jax_bce {
+inline uint4 shared_memory[3072];
+}
+
+// A GPU's approximations, which may be a few ulp off.
+inline int exp2_ulps = 0, reciprocal_ulps = 0;
+inline float off_by(float value, int ulps) {
+  const float below = nextafterf(value, 0);
+  return std::isfinite(value) ? value + ulps * (value - below) : value;
+}
+#define BCE_EXP2_ON_HOST(b) off_by(exp2f(b) < 0x1p-126f ? 0 : exp2f(b), exp2_ulps)
+#define BCE_RECIPROCAL_ON_HOST(b) off_by(1 / (b), reciprocal_ulps)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -40,9 +60,15 @@ enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 0, cudaSuccess;
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// So few multiprocessors that a thread block has several groups or tiles.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrMultiProcessorCount, cudaSuccess;
 }
 #define CUDART_VERSION 0
 
@@ -82,10 +108,10 @@ class Device {
     run_warps();
   }
 
-  // Runs the kernel on every thread of the grid. Of what is too high for a GPU's largest, kernels
-  // run the rest in a loop: here that is everything above two.
-  void run(dim3 grid, std::function<void()> kernel) {
-    gridDim = {grid.x, std::min(grid.y, 2u)};
+  // Runs the kernel on every thread of the grid.
+  void run(dim3 grid, unsigned threads, std::function<void()> kernel) {
+    gridDim = grid;
+    threads_ = block_.members = block_.missing = threads;
     kernel_ = std::move(kernel);
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
@@ -100,6 +126,15 @@ class Device {
     slots[thread] = value;
     wait(warp);
     return thread % kWarp + distance < kWarp ? slots[thread + distance] : value;
+  }
+
+  bool any(bool value) {
+    const int thread = threadIdx.x, first = thread / kWarp * kWarp;
+    Barrier* warp = &warps_[thread / kWarp];
+    double* slots = slots_[warp->times % 2];
+    slots[thread] = value;
+    wait(warp);
+    return std::any_of(slots + first, slots + first + kWarp, [](double slot) { return slot != 0; });
   }
 
  private:
@@ -163,6 +198,7 @@ class Device {
   };
 
   std::function<void()> kernel_;
+  unsigned threads_ = kThreads;
   std::minstd_rand random_;
   Fiber host_, fibers_[kThreads];
   Wait waits_[kThreads] = {};
@@ -176,7 +212,7 @@ inline void Device::work() {
   device.fibers_[threadIdx.x].arrived(&device.host_);
   for (;;) {
     device.wait(&device.blocks_);
-    device.kernel_();
+    if (threadIdx.x < device.threads_) device.kernel_();
   }
 }
 
@@ -187,15 +223,19 @@ inline double __shfl_down_sync(unsigned, double value, int distance) {
   return cuda_on_host::device.shuffle_down(value, distance);
 }
 
+inline int __any_sync(unsigned, int value) { return cuda_on_host::device.any(value); }
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   void* stream;
 };
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  cuda_on_host::device.run(config->gridDim, [=] { kernel(arguments...); });
+  if (config->dynamicSmemBytes > sizeof jax_bce::shared_memory) abort();
+  cuda_on_host::device.run(config->gridDim, config->blockDim.x, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -207,6 +247,9 @@ To cast_bits(From from) {
   return to;
 }
 inline float __uint_as_float(unsigned bits) { return cast_bits<float>(bits); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
 inline double __longlong_as_double(long long bits) { return cast_bits<double>(bits); }
 // Of the bytes of low and high, numbered 0 to 7, those that the selector's digits name.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {

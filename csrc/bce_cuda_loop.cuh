@@ -1,0 +1,776 @@
+// The loop over elements. A warp evaluates up to a group of consecutive elements of the results, a
+// thread four at a time (a quad), in the order defined in bce_problem.h. While a thread evaluates
+// some quads, it loads the next ones.
+//
+// A turn is evaluated in one of several ways, the same for the whole warp:
+//   - the fast one: labels 0 and 1, no smoothing, logits within Format::kCommon of 0;
+//   - the general one, for everything else, also the last quads where they are incomplete.
+// For weights, masks and factors that differ between elements there is a loop of its own.
+#pragma once
+
+#include "bce_cuda_numbers.cuh"
+
+namespace jax_bce {
+
+extern __shared__ uint4 shared_memory[];
+
+namespace {
+
+constexpr int kWarp = kFold, kWarps = 4, kThreads = kWarp * kWarps;
+
+// Where an operand's number for an element of the results is: there is only one; each has its own;
+// all elements of a column, or of a row, share it (of the matrix with Plan::inner columns); or only
+// the strides tell.
+enum class Form : uint8_t { kOne, kEach, kByColumn, kByRow, kOther };
+
+struct Input : Modifier {
+  Form form = Form::kOne;
+
+  __device__ int64_t at(int64_t element) const {
+    if (form == Form::kOne) return 0;
+    if (form == Form::kEach) return element;
+    int64_t offset = 0;
+#pragma unroll 1
+    for (int d = rank - 1; d > 0; --d) {
+      const int64_t quotient = element / shape[d];
+      offset += (element - quotient * shape[d]) * strides[d];
+      element = quotient;
+    }
+    return offset + element * strides[0];
+  }
+};
+
+// What has the same factor.
+enum class Factors : uint8_t { kOne, kOneForRow, kAny };
+
+// A Problem as the kernels need it.
+struct Plan {
+  Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiers];
+  Result loss, gradient;
+  bool reduce, total;
+  Factors factors;
+  double inverse_count;
+  int64_t rows, columns, groups_in_row;
+  int tile_rows;  // 0: groups
+  int count;      // of groups, or of tiles
+  double* sums;   // of groups
+  // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
+  uint32_t inner, magic, shift;
+
+  // Whether logits and labels are in memory as in the results, or there is one label.
+  BCE_INLINE bool is_dense() const {
+    return logits.form == Form::kEach && (labels.form == Form::kEach || labels.form == Form::kOne);
+  }
+
+  template <class Scalar>
+  __device__ Factor<Scalar> factor_at(int64_t element) const {
+    const auto number = [&](const Input& input, double absent) {
+      const Scalar* data = static_cast<const Scalar*>(input.data);
+      return data ? static_cast<double>(data[input.at(element)]) : absent;
+    };
+    return {number(scale, 1) * inverse_count, number(divisor, 1) + number(divisor_low, 0)};
+  }
+};
+
+// The losses of a tile in shared memory, and where they are: spread so that the threads that add up
+// rows do not all use the same banks.
+template <class Scalar>
+__device__ Pair<Scalar>* tile() {
+  return reinterpret_cast<Pair<Scalar>*>(shared_memory);
+}
+__device__ int spread(int place) { return place + place / 32 * 2; }
+
+template <class Logit, class Label, bool kModified>
+class Loop {
+ public:
+  using Scalar = decltype(convert(Logit()));
+
+  __device__ explicit Loop(const Plan& plan)
+      : plan_(plan),
+        smoothing_(plan.smoothing.form == Form::kOne
+                       ? *static_cast<const Scalar*>(plan.smoothing.data)
+                       : Scalar(0)) {}
+
+  __device__ void set_factor(const Factor<Scalar>& factor) {
+    zero_ = factor.is_zero();
+    rest_ = factor.rest;
+    power_ = static_cast<Scalar>(factor.power);
+    usual_ = is_usual();
+  }
+
+  // Evaluates the warp's elements from `begin` on. Of a reduced problem, returns the thread's sum,
+  // or puts the losses into the tile from `place` on.
+  __device__ double evaluate(int64_t begin, int size, int place) {
+    const int octet = threadIdx.x % kWarp / 8, first = octet * 256 + threadIdx.x % 8 * kQuad;
+    const int behind = octet * 256 + 256;
+    left_ = (size < behind ? size : behind) - first;
+    element_ = begin + first;
+    place_ = place + first;
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) high_[c] = 0, low_[c] = 0;
+    const int turns = ((size < 256 ? size : 256) + kStep - 1) / kStep;
+    if (plan_.factors != Factors::kAny && zero_) {
+      clear(turns);
+      return 0;
+    }
+    const int label_bytes = width_of(plan_.labels.type);
+    aligned_ = is_aligned(logits() + element_) &&
+               (plan_.labels.form != Form::kEach ||
+                is_aligned(static_cast<const char*>(plan_.labels.data) + element_ * label_bytes,
+                           kQuad * label_bytes));
+    fetches_ = !kModified || plan_.is_dense();
+    if constexpr (kModified) {
+      if (plan_.inner) {
+        row_ = begin / plan_.inner;
+        column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) + first;
+      }
+    }
+    if (plan_.labels.form == Form::kOne) {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        labels_[q] = {};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
+      }
+    }
+    if (fetches_ && is_full()) fetch(element_);
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+      if (fetches_ && !is_full()) gather();
+      if constexpr (kModified)
+        modified_turn();
+      else
+        plain_turn();
+      left_ -= kStep;
+      element_ += kStep;
+      place_ += kStep;
+      if constexpr (kModified) column_ += kStep;
+    }
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
+    return (high_[0] + high_[2]) + (high_[1] + high_[3]);
+  }
+
+ private:
+  using L = Lane<Scalar>;
+  static constexpr bool kNarrow = sizeof(Logit) == 2, kAny = std::is_same_v<Label, Any>;
+  // Quads evaluated together while as many more are loaded.
+  static constexpr int kQuads = sizeof(Logit) == 8 || kModified             ? 1
+                                : kNarrow && std::is_same_v<Label, uint8_t> ? 4
+                                                                            : 2;
+  static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
+  using Labels = typename std::conditional_t<kAny, std::common_type<AnyLabels<Scalar>>,
+                                             std::common_type<Quad<Label>>>::type;
+
+  __device__ const Logit* logits() const { return static_cast<const Logit*>(plan_.logits.data); }
+  __device__ bool with_loss() const { return plan_.loss.data; }
+  __device__ bool with_gradient() const { return plan_.gradient.data; }
+  // Whether a turn has all of its elements.
+  __device__ bool is_full() const { return left_ >= kLast; }
+
+  // Whether the fast way multiplies by the factor and rounds as it should. A gradient of 16-bit
+  // logits may be float32, to be scaled before it is rounded.
+  __device__ bool is_usual() const {
+    const auto fits = [](const Result& result) {
+      return !result.data || result.type == kTypeOf<Logit>;
+    };
+    bool usual = power_ == 1 && (plan_.reduce || fits(plan_.loss));
+    if constexpr (kNarrow) {
+      const Scalar divisor = L::magnitude(L::reciprocal(rest_));
+      return usual && divisor > 0x1p-60f && divisor < 0x1p60f &&
+             (fits(plan_.gradient) || plan_.gradient.type == Type::kF32);
+    }
+    return usual && fits(plan_.gradient);
+  }
+
+  __device__ void clear(int turns) {
+    const Scalar zeros[kQuad] = {};
+#pragma unroll 1
+    for (int quad = 0; quad < turns * kQuads && left_ > 0; ++quad) {
+      if (with_loss() && !plan_.reduce) store(plan_.loss, element_, left_, zeros);
+      if (with_gradient()) store(plan_.gradient, element_, left_, zeros);
+      left_ -= 32;
+      element_ += 32;
+    }
+  }
+
+  // Loads `count` quads from the element `at` on, the first into number q.
+  __device__ void fetch(int64_t at, int q = 0, int count = kQuads) {
+    // One branch for all, so that a turn does not issue the loads of the other kind.
+    if (aligned_)
+      fetch_as<true>(at, q, count);
+    else
+      fetch_as<false>(at, q, count);
+  }
+  template <bool kAligned>
+  __device__ void fetch_as(int64_t at, int q, int count) {
+    BCE_UNROLL
+    for (int i = 0; i < count; ++i)
+      logits_[q + i] = Quad<Logit>::load(logits() + at + 32 * i, kAligned);
+    if (plan_.labels.form != Form::kEach) return;
+    BCE_UNROLL
+    for (int i = 0; i < count; ++i) {
+      if constexpr (kAny)
+        labels_[q + i].load(plan_.labels.type, plan_.labels.data, at + 32 * i, kAligned);
+      else
+        labels_[q + i] =
+            Quad<Label>::load(static_cast<const Label*>(plan_.labels.data) + at + 32 * i, kAligned);
+    }
+  }
+  // Whether the next turn is fetched while this one is evaluated.
+  __device__ bool has_next() const { return fetches_ && left_ >= kStep + kLast; }
+  __device__ void fetch_next() {
+    if (has_next()) fetch(element_ + kStep);
+  }
+  __device__ void set_label(int q, int c, int64_t at) {
+    if constexpr (kAny)
+      labels_[q].set(c, plan_.labels.type, plan_.labels.data, at);
+    else
+      labels_[q].set(c, static_cast<const Label*>(plan_.labels.data)[at]);
+  }
+
+  // Loads the elements of a turn that is not full. Where there are none, logit and label have a
+  // loss of exactly 0.
+  __device__ void gather() {
+    Logit minus_infinity;
+    round_to(&minus_infinity, -Format<Scalar>::kInfinity);
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      labels_[q] = {};
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const int64_t element = element_ + 32 * q + c;
+        const bool there = 32 * q + c < left_;
+        logits_[q].set(c, there ? logits()[element] : minus_infinity);
+        if (there) set_label(q, c, plan_.labels.form == Form::kOne ? 0 : element);
+      }
+    }
+  }
+  __device__ Scalar label(const Labels& labels, int c) const {
+    if constexpr (kAny)
+      return labels.get(c, plan_.labels.type);
+    else if constexpr (std::is_same_v<Label, uint8_t>)
+      return label_of<Scalar>(plan_.labels.type, labels.get(c));
+    else
+      return convert(labels.get(c));
+  }
+
+  __device__ static bool is_common(Scalar x) { return L::magnitude(x) <= Format<Scalar>::kCommon; }
+
+  // Adds up the losses of a quad, or puts them into the tile.
+  __device__ void keep(int q, const Pair<Scalar>* losses) {
+    if (plan_.tile_rows) {
+      constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
+      uint4 vectors[kVectors];
+      memcpy(vectors, losses, sizeof vectors);
+      BCE_UNROLL
+      for (int i = 0; i < kVectors; ++i)
+        reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + 32 * q))[i] = vectors[i];
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        high_[c] += losses[c].high;
+        low_[c] += losses[c].low;
+      }
+    }
+  }
+
+  // A turn without modifiers.
+  __device__ void plain_turn() {
+    Scalar z[kQuads][kQuad];
+    Turns turns[kQuads];
+    typename L::Bits soft = 0;
+    bool common = true;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      soft |= turn(q, z[q], &turns[q]);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) common &= is_common(z[q][c]);
+    }
+    const bool fast = is_full() && common && soft == 0 && smoothing_ == 0 && usual_;
+    if (__any_sync(0xffffffff, left_ > 0 && !fast)) {
+      general_turn();
+      return;
+    }
+    // Without a condition, as that would take copies of all registers: the last turn loads its own
+    // quads again, and a thread that has none those of the first eight threads, which have some.
+    const int octet = threadIdx.x % kWarp / 8;
+    fetch(element_ + (has_next() ? kStep : is_full() ? 0 : -256 * octet));
+    if (!is_full()) return;
+    if constexpr (kNarrow)
+      evaluate_narrow(z, turns);
+    else
+      evaluate_common(z, turns);
+  }
+
+  // What a label of 1 turns: the sign bits of pairs of 16-bit numbers, or factors of 1 and -1.
+  struct Turns {
+    std::conditional_t<kNarrow, uint32_t, Scalar> by[kNarrow ? 2 : kQuad];
+  };
+
+  // Turns the logits of a quad. Returns 0 if all labels are 0 or 1.
+  __device__ typename L::Bits turn(int q, Scalar* z, Turns* turns) const {
+    const Quad<Logit>& logits = logits_[q];
+    typename L::Bits soft = 0;
+    if constexpr (kNarrow) {
+      if constexpr (std::is_same_v<Label, uint8_t>) {
+        const uint32_t word = labels_[q].vectors[0];
+        turns->by[0] = __byte_perm(word << 7, 0, 0x1404);
+        turns->by[1] = __byte_perm(word << 7, 0, 0x3424);
+        soft = word & 0xfefefefe;
+      } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
+        const uint2 words = labels_[q].vectors[0];
+        const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
+          const uint32_t signs = ones << 8 & 0x80008000;
+          soft |= ones ^ (signs >> 8) * 0x7f;
+          return signs;
+        };
+        turns->by[0] = sign(words.x), turns->by[1] = sign(words.y);
+      } else {
+        turns->by[0] = turns->by[1] = 0;
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          const Scalar y = label(labels_[q], c);
+          soft |= L::to_bits(L::fma(y, y, -y));
+          if (y == 1) turns->by[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+        }
+      }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const uint32_t pair = c < 2 ? logits.vectors[0].x : logits.vectors[0].y;
+        z[c] = convert_pair(Logit(), pair ^ turns->by[c / 2], c % 2);
+      }
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        if constexpr (std::is_same_v<Label, uint8_t>) {
+          const uint32_t word = labels_[q].vectors[0];
+          turns->by[c] = L::from_bits(L::to_bits(1) | (word << (31 - 8 * c) & 0x80000000));
+          soft |= word & 0xfefefefe;
+        } else {
+          const Scalar y = label(labels_[q], c);
+          turns->by[c] = turn_of<L>(y);
+          soft |= L::to_bits(L::fma(y, y, -y));
+        }
+        z[c] = convert(logits.get(c)) * turns->by[c];
+      }
+    }
+    return soft;
+  }
+
+  __device__ void evaluate_common(const Scalar (*z)[kQuad], const Turns* turns) {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      Exponential<L> exponential[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[q][c]);
+      if (with_loss()) {
+        Pair<Scalar> losses[kQuad];
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[q][c], exponential[c]);
+        if (plan_.reduce) {
+          keep(q, losses);
+        } else {
+          Scalar values[kQuad];
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c)
+            values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
+          store_fast(plan_.loss, q, Quad<Logit>::rounded(values));
+        }
+      }
+      if (with_gradient()) {
+        Scalar values[kQuad];
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          values[c] = rest_ * turns[q].by[c] *
+                      rounded_once(turned_gradient_of<L>(z[q][c], exponential[c]), kTypeOf<Logit>);
+        store_fast(plan_.gradient, q, Quad<Logit>::rounded(values));
+      }
+    }
+  }
+
+  __device__ void evaluate_narrow(const Scalar (*z)[kQuad], const Turns* turns) {
+    const Scalar divisor = L::reciprocal(rest_);
+    Scalar sums[kQuad] = {};
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      Narrow<L> narrow[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L, kDigits>(z[q][c]);
+      if (with_loss()) {
+        Scalar loss[kQuad];
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          loss[c] = L::fma(2, narrow[c].half_log1p, L::max(z[q][c], 0));
+        if (!plan_.reduce) {
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) loss[c] *= rest_;
+          store_fast(plan_.loss, q, pairs_of(loss));
+        } else if (plan_.tile_rows) {
+          Pair<Scalar> losses[kQuad];
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) losses[c] = {loss[c], 0};
+          keep(q, losses);
+        } else {
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) sums[c] += loss[c];
+        }
+      }
+      if (with_gradient()) {
+        Scalar values[kQuad];
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          values[c] = hard_gradient_of<L>(z[q][c], narrow[c].e, divisor);
+        if (plan_.gradient.type == kTypeOf<Logit>) {
+          Quad<Logit> quad = pairs_of(values);
+          quad.vectors[0].x ^= turns[q].by[0];
+          quad.vectors[0].y ^= turns[q].by[1];
+          store_fast(plan_.gradient, q, quad);
+        } else {
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            const uint32_t sign = turns[q].by[c / 2] << (c % 2 ? 0 : 16) & 0x80000000;
+            values[c] = L::from_bits(L::to_bits(values[c]) ^ sign);
+          }
+          store_quad(plan_.gradient.data, element_ + 32 * q, kQuad, Quad<Scalar>::rounded(values));
+        }
+      }
+    }
+    // Common losses cannot overflow, and these few additions lose less than the contract allows.
+    if (with_loss() && plan_.reduce && !plan_.tile_rows)
+      high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  }
+
+  __device__ void store_fast(const Result& result, int q, const Quad<Logit>& quad) {
+    store_quad(result.data, element_ + 32 * q, kQuad, quad);
+  }
+  __device__ static Quad<Logit> pairs_of(const Scalar* values) {
+    const auto first = round_pair(Logit(), values[0], values[1]);
+    const auto second = round_pair(Logit(), values[2], values[3]);
+    Quad<Logit> quad;
+    memcpy(&quad.vectors[0].x, &first, sizeof first);
+    memcpy(&quad.vectors[0].y, &second, sizeof second);
+    return quad;
+  }
+
+  // A turn of any elements without modifiers, quad by quad.
+  __device__ void general_turn() {
+    bool common = left_ <= 0 || is_full();
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) common &= left_ <= 0 || is_common(convert(logits_[q].get(c)));
+    }
+    common = !__any_sync(0xffffffff, !common);
+#pragma unroll 1
+    for (int q = 0; q < kQuads; ++q) {
+      const Quad<Logit> logits = logits_[0];
+      const Labels labels = labels_[0];
+      BCE_UNROLL
+      for (int next = 1; next < kQuads; ++next) {
+        logits_[next - 1] = logits_[next];
+        labels_[next - 1] = labels_[next];
+      }
+      if (has_next()) fetch(element_ + kStep + 32 * q, kQuads - 1, 1);
+      if (32 * q >= left_) continue;
+      Scalar x[kQuad], y[kQuad], smoothing[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        x[c] = convert(logits.get(c));
+        y[c] = label(labels, c);
+        smoothing[c] = 32 * q + c < left_ ? smoothing_ : 0;
+      }
+      Pair<Scalar> losses[kQuad] = {};
+      Scalar gradients[kQuad] = {};
+      if constexpr (kNarrow)
+        evaluate_soft(x, y, smoothing, losses, gradients);
+      else if (common)
+        evaluate_quad<true>(x, y, smoothing, losses, gradients);
+      else
+        evaluate_quad<false>(x, y, smoothing, losses, gradients);
+      finish_quad(q, losses, gradients);
+    }
+  }
+
+  // Adds up or stores a quad's losses, and stores its gradients.
+  __device__ void finish_quad(int q, const Pair<Scalar>* losses, const Scalar* gradients) {
+    if (with_loss() && plan_.reduce) keep(q, losses);
+#pragma unroll 1
+    for (int result = 0; result < 2; ++result) {
+      if (result == 0 ? !with_loss() || plan_.reduce : !with_gradient()) continue;
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = result == 0 ? losses[c].high : gradients[c];
+      store(result == 0 ? plan_.loss : plan_.gradient, element_ + 32 * q, left_ - 32 * q, values);
+    }
+  }
+
+  __device__ Scalar scaled(Pair<Scalar> value, Type type) const {
+    return rounded_once(value, type) * power_ * rest_;
+  }
+  __device__ Pair<Scalar> scaled_loss(Pair<Scalar> value) const {
+    if (!plan_.reduce) return {scaled(value, plan_.loss.type), 0};
+    return {value.high * power_, value.low * power_};
+  }
+
+  // Each value is scaled and rounded once, or, if it is to be added up, has its power.
+  template <bool kCommonLogits>
+  __device__ void evaluate_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                Pair<Scalar>* losses, Scalar* gradients) const {
+    Exponential<L> exponential[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommonLogits>(x[c]);
+    if (with_loss()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential[c]));
+    }
+    if (with_gradient()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        gradients[c] =
+            scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential[c]), plan_.gradient.type);
+    }
+  }
+
+  static constexpr int kDigits = std::is_same_v<Logit, __half> ? 11 : 8;
+
+  // 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow. Each element is
+  // evaluated as its own value asks, so that its bits do not depend on its neighbors.
+  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                Pair<Scalar>* losses, Scalar* gradients) const {
+    const Scalar divisor = L::reciprocal(rest_);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      if (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1) {
+        const Narrow<L> narrow = narrow_of<L, kDigits>(x[c]);
+        const Scalar coefficient = soft_coefficient_of(x[c], y[c], smoothing[c]);
+        losses[c] = {L::fma(2, narrow.half_log1p, coefficient * L::magnitude(x[c])), 0};
+        if (!plan_.reduce) losses[c].high *= rest_;
+        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor);
+      } else {
+        const Exponential<L> exponential = exp_of<L>(x[c]);
+        losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
+        gradients[c] =
+            scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential), plan_.gradient.type);
+      }
+    }
+  }
+
+  // A quad with modifiers. A masked element is replaced by a harmless one.
+  __device__ void modified_turn() {
+    Scalar x[kQuad], y[kQuad], rest[kQuad], power[kQuad], pos_weight[kQuad], number[kQuad];
+    Pair<Scalar> weight[kQuad];
+    bool exists[kQuad], fast = smoothing_ == 0 && plan_.smoothing.form == Form::kOne;
+    int64_t row = 0;
+    uint32_t column = 0;
+    if (plan_.inner) {
+      const uint32_t quotient = __umulhi(column_, plan_.magic) >> plan_.shift;
+      row = row_ + quotient;
+      column = column_ - quotient * plan_.inner;
+    }
+    const auto given = [&](ModifierName name) { return plan_.modifiers[name].data != nullptr; };
+    const auto load = [&](const Input& input) { numbers(input, row, column, number); };
+    if (!fetches_) {
+      numbers(plan_.logits, row, column, x);
+      numbers(plan_.labels, row, column, y);
+    }
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      if (fetches_) {
+        x[c] = convert(logits_[0].get(c));
+        y[c] = label(labels_[0], c);
+      }
+      exists[c] = c < left_;
+      rest[c] = rest_;
+      power[c] = power_;
+      weight[c] = {1, 0};
+      pos_weight[c] = 1;
+    }
+    if (plan_.factors == Factors::kAny) {
+#pragma unroll 1
+      for (int c = 0; c < kQuad; ++c) {
+        const Factor<Scalar> factor =
+            c < left_ ? plan_.factor_at<Scalar>(element_ + c) : Factor<Scalar>(0, 1);
+        BCE_UNROLL
+        for (int next = 1; next < kQuad; ++next) {
+          rest[next - 1] = rest[next];
+          power[next - 1] = power[next];
+          exists[next - 1] = exists[next];
+        }
+        rest[kQuad - 1] = factor.rest;
+        power[kQuad - 1] = static_cast<Scalar>(factor.power);
+        exists[kQuad - 1] = !factor.is_zero();
+      }
+    }
+    if (given(kIgnoreLabel)) ignore(y, exists);
+    fetch_next();
+    if (given(kWhere)) {
+      load(plan_.modifiers[kWhere]);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) exists[c] = exists[c] && number[c] != 0;
+    }
+    if (given(kWeight)) {
+      load(plan_.modifiers[kWeight]);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) weight[c].high = number[c];
+    }
+    if (given(kSampleWeight)) {
+      load(plan_.modifiers[kSampleWeight]);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) weight[c] = product_of<L>(weight[c], number[c]);
+    }
+    if (given(kPosWeight)) load(plan_.modifiers[kPosWeight]);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      if (given(kPosWeight)) pos_weight[c] = number[c];
+      if (!exists[c]) {
+        x[c] = y[c] = 0;
+        weight[c] = {0, 0};
+        pos_weight[c] = 1;
+        rest[c] = 0;  // a NaN or negative factor would show
+        power[c] = 1;
+      }
+      fast = fast && is_common(x[c]) && L::to_bits(L::fma(y[c], y[c], -y[c])) == 0 && power[c] == 1;
+    }
+    // From here on, the weights become the losses.
+    Scalar gradients[kQuad] = {};
+    if (plan_.total) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
+    } else if (!__any_sync(0xffffffff, !fast)) {
+      if (given(kPosWeight)) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          weight[c] = weight_of<L>(weight[c], pos_weight[c], y[c], 0).weight;
+      }
+      evaluate_weighted<true>(x, y, nullptr, rest, weight, nullptr, gradients);
+    } else {
+      Scalar smoothing[kQuad];
+      numbers(plan_.smoothing, row, column, smoothing);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const auto own = weight_of<L>({weight[c].high * power[c], weight[c].low * power[c]},
+                                      pos_weight[c], y[c], smoothing[c]);
+        weight[c] = own.weight;
+        pos_weight[c] = own.pos_weight;
+      }
+      evaluate_weighted<false>(x, y, smoothing, rest, weight, pos_weight, gradients);
+    }
+    if (left_ > 0) finish_quad(0, weight, gradients);
+  }
+
+  template <bool kFast>
+  __device__ void evaluate_weighted(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                    const Scalar* rest, Pair<Scalar>* weight,
+                                    const Scalar* pos_weight, Scalar* gradients) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      const Scalar s = kFast ? 0 : smoothing[c], q = kFast ? 1 : pos_weight[c];
+      const Exponential<L> exponential = exp_of<L, kFast>(x[c]);
+      const auto result = [&](Pair<Scalar> value, Type type) {
+        return weighted<L, kFast>({rounded_once(value, type), 0}, weight[c].high).high * rest[c];
+      };
+      if (with_gradient())
+        gradients[c] = result(gradient_of<L, kFast, !kFast>(x[c], y[c], s, exponential, q),
+                              plan_.gradient.type);
+      if (!with_loss()) continue;
+      const Pair<Scalar> loss = loss_of<L, kFast, !kFast>(x[c], y[c], s, exponential, q);
+      if (plan_.reduce)
+        weight[c] = weighted<L, kFast>(loss, weight[c]);
+      else
+        weight[c] = {result(loss, plan_.loss.type), 0};
+    }
+  }
+
+  // A modifier's numbers for the quad, which begins in this row and column.
+  __device__ void numbers(const Input& input, int64_t row, uint32_t column, Scalar* values) const {
+    const bool one = input.form == Form::kOne;
+    const bool whole = left_ >= kQuad && (input.form == Form::kEach || column + 3 < plan_.inner);
+    if (one || (whole && input.form == Form::kByRow)) {
+      const Scalar value = number_at<Scalar>(input.data, input.type, one ? 0 : row);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = value;
+      return;
+    }
+    const bool dense = input.form == Form::kEach || input.form == Form::kByColumn;
+    const int64_t first = input.form == Form::kEach ? element_ : column;
+    const void* from = static_cast<const char*>(input.data) + first * width_of(input.type);
+    if (whole && dense && (input.type == Type::kF32 || width_of(input.type) == 1) &&
+        is_aligned(from, kQuad * width_of(input.type))) {
+      if (input.type == Type::kF32) {
+        const uint4 words = __ldg(static_cast<const uint4*>(from));
+        values[0] = __uint_as_float(words.x), values[1] = __uint_as_float(words.y);
+        values[2] = __uint_as_float(words.z), values[3] = __uint_as_float(words.w);
+      } else {
+        const uint32_t word = __ldg(static_cast<const uint32_t*>(from));
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          values[c] = label_of<Scalar>(input.type, static_cast<uint8_t>(word >> 8 * c));
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int c = 0; c < kQuad; ++c) {
+      BCE_UNROLL
+      for (int next = 1; next < kQuad; ++next) values[next - 1] = values[next];
+      values[kQuad - 1] = 0;
+      if (c >= left_) continue;
+      const int64_t at = input.form == Form::kByColumn ? column
+                         : input.form == Form::kByRow  ? row
+                                                       : input.at(element_ + c);
+      values[kQuad - 1] = number_at<Scalar>(input.data, input.type, at);
+      if (++column == plan_.inner) column = 0, ++row;
+    }
+  }
+
+  // Takes away the elements whose label, as stored, is to be ignored.
+  __device__ void ignore(const Scalar* y, bool* exists) const {
+    const Input &labels = plan_.labels, &ignored = plan_.modifiers[kIgnoreLabel];
+    if (fetches_ && ignored.form == Form::kOne && width_of(labels.type) < 8) {
+      const uint32_t word =
+          width_of(labels.type) == 4 ? *static_cast<const uint32_t*>(ignored.data) : 0;
+      const Scalar number = number_at<Scalar>(ignored.data, ignored.type, 0);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        bool same = y[c] == number;
+        if (labels.type == Type::kI32) same = labels_[0].word(c) == word;
+        exists[c] = exists[c] && !same;
+      }
+      return;
+    }
+    uint32_t same = 0;
+#pragma unroll 1
+    for (int c = 0; c < kQuad && c < left_; ++c) {
+      const int64_t element = element_ + c;
+      if (same_number(labels.type, labels.data, labels.at(element), ignored.data,
+                      ignored.at(element)))
+        same |= 1u << c;
+    }
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exists[c] = exists[c] && !(same >> c & 1);
+  }
+
+  const Plan& plan_;
+  const Scalar smoothing_;
+  bool zero_ = false, usual_ = false;
+  Scalar rest_ = 0, power_ = 1;
+  // The turn: how many of the thread's elements are left, which is the first, and where its loss
+  // belongs in the tile.
+  int left_;
+  int64_t element_;
+  int place_;
+  bool fetches_, aligned_;
+  Quad<Logit> logits_[kQuads];
+  Labels labels_[kQuads];
+  // Of the matrix with plan_.inner columns: the row in which the group begins, and the turn's
+  // distance from that row's begin.
+  int64_t row_;
+  uint32_t column_;
+  double high_[kQuad];
+  Scalar low_[kQuad];
+};
+
+}  // namespace
+}  // namespace jax_bce
