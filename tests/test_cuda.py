@@ -129,7 +129,7 @@ LISTING = """
            DADD R18, R18, R4
            BRA finish
     tile:  STS.128 [R4], R16
-           BRA finish
+           BRA.U finish
     rare:  VOTE.ANY P0, P0
            LDG.E.128 R4, desc[UR4][R2.64]
            LDG.E.128 R8, desc[UR4][R10.64]
