@@ -102,9 +102,9 @@ def code(module, require: Callable[[str], None]):
     return disassembly
 
 
-# Upper bounds of the instructions for an element, to notice when a loop gets longer. An H200 can issue
-# 93 in the time that its memory takes for 12 bytes (132 processors, each 4 x 32 threads a clock of
-# 1.98 GHz; 4.3 TB/s), and 38 for 5 bytes.
+# Upper bounds of the instructions for an element, to notice when a loop gets longer. An H200 can
+# issue 93 in the time that its memory takes for 12 bytes (132 processors, each 4 x 32 threads a
+# clock of 1.98 GHz; 4.3 TB/s), and 38 for 5 bytes.
 BUDGETS = {
     "float32": 86,
     "float32, uint8": 86,
