@@ -196,7 +196,7 @@ class Kernel:
     @property
     def warps(self) -> int:
         """How many a multiprocessor with 65536 registers holds, in blocks of four."""
-        return 4 * (65536 // (128 * (self.registers + 7) // 8 * 8))
+        return 4 * (65536 // (128 * ((self.registers + 7) // 8 * 8)))
 
 
 @dataclass
