@@ -173,9 +173,9 @@ LOOPS = {
         *("float32", "any", True, 4),
         Turn({128: 3}, (128, 1), 8),
     ),
-    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48)),
-    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 24)),
-    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48)),
+    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 49)),
+    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 25)),
+    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 49)),
 }
 
 
@@ -198,7 +198,7 @@ class Kernel:
     @property
     def warps(self) -> int:
         """How many a multiprocessor with 65536 registers holds, in blocks of four."""
-        return 4 * (65536 // (128 * (self.registers + 7) // 8 * 8))
+        return 4 * (65536 // (128 * ((self.registers + 7) // 8 * 8)))
 
 
 @dataclass
