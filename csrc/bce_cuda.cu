@@ -45,9 +45,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
     const int64_t left = (tiles ? rows * plan.columns : plan.columns) - column;
     if (first || plan.factors == Factors::kOneForRow) {
       // Where each element has its own, a tile's last warps have none.
-      const Factor<Scalar> factor = plan.factors == Factors::kAny
-                                        ? Factor<Scalar>(1, 1)
-                                        : plan.factor_at<Scalar>(begin);
+      const Factor<Scalar> factor =
+          plan.factors == Factors::kAny ? Factor<Scalar>(1, 1) : plan.factor_at<Scalar>(begin);
       elements.set_factor(factor);
       if (tiles && threadIdx.x == 0) *common = factor;
       first = false;
