@@ -293,9 +293,9 @@ class Loop {
       return;
     }
     // Without a condition, as that would take copies of all registers: the last turn loads its own
-    // quads again, and a thread that has none those of the first eight threads, which have some.
-    const int octet = threadIdx.x % kWarp / 8;
-    fetch(element_ + (has_next() ? kStep : is_full() ? 0 : -256 * octet));
+    // quads again, and a thread that has none those of the first thread, which has some.
+    const int first = threadIdx.x % kWarp / 8 * 256 + threadIdx.x % 8 * kQuad;
+    fetch(element_ + (has_next() ? kStep : is_full() ? 0 : -first));
     if (!is_full()) return;
     if constexpr (kNarrow)
       evaluate_narrow(z, turns);
