@@ -16,6 +16,7 @@ from jax_bce._kernels import ffi_version_of_jaxlib, missing
 _CASES: dict[str, Any] = {
     "sums and means, with their gradient": ("loss_and_grad", 1, np.dtype(np.float32)),
     "the same over axes that are not the last": ("loss_and_grad", 1, np.dtype(np.float32), True),
+    "the same with weights or masks": ("loss_and_grad", 1, np.dtype(np.float32), False, True),
     "the same of float64 logits": ("loss_and_grad", 1, np.dtype(np.float64)),
     'reduction="none"': ("loss", 0, np.dtype(np.float32)),
     'the gradient of residuals="recompute"': ("grad", 1, np.dtype(np.float32)),

@@ -34,8 +34,8 @@ _NARROW, _MANY_ROWS = 32, 4096
 
 # The possible operands after the first four. The index here is the bit in the attribute "modifiers"
 # (csrc/bce_problem.h, csrc/ffi_common.h).
-_DIVISOR = ("divisor", "divisor_low")
-MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *_DIVISOR)
+DIVISOR = ("divisor", "divisor_low")
+MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *DIVISOR)
 
 # The number of float64 numbers that a kernel needs besides its results, given rows and columns.
 Workspace = Callable[[Any, Any], Any]

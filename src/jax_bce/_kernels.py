@@ -181,12 +181,17 @@ def pinned() -> str | None:
 
 
 def why_xla_on_gpu(
-    kind: str, reduced_rank: int, dtype: np.dtype, transposed: bool = False
+    kind: str,
+    reduced_rank: int,
+    dtype: np.dtype,
+    transposed: bool = False,
+    weighted: bool = False,
 ) -> str | None:
     """The table: why `implementation=None` is XLA for a call on an NVIDIA GPU; None: the kernel.
 
     The kernel's advantage is that it reads logits and labels once, for loss and gradient, and sums
     in the same pass. `kind` is the primitive's, and so is `transposed`; dtype is the logits'.
+    `weighted` is whether elements have weights, masks or denominators of their own.
     """
     if kind == "total":
         return "a denominator: XLA sums weights while it makes them"
@@ -197,6 +202,8 @@ def why_xla_on_gpu(
         return "axes that are not the last: XLA sums them in place, without a copy"
     if dtype == np.float64:
         return "float64: the time goes to arithmetic, which is the same"
+    if weighted:
+        return "weights or masks: XLA needs half the instructions (tests/gpu_model.py)"
     return None
 
 
@@ -207,6 +214,7 @@ def runs(
     reduced_rank: int,
     dtype: np.dtype,
     transposed: bool,
+    weighted: bool,
 ) -> bool:
     """Whether the kernel of a platform, rather than XLA, evaluates a call that it can evaluate.
 
@@ -217,7 +225,7 @@ def runs(
     wanted = implementation or pinned()
     if wanted == "xla":
         return False
-    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed):
+    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed, weighted):
         return False
     reason = _why_not_installed("cuda")
     if reason and wanted is None:

@@ -33,7 +33,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_bce import _kernels
-from jax_bce._call import ffi_call, why_no_call
+from jax_bce._call import DIVISOR, ffi_call, why_no_call
 from jax_bce._reference import reference
 
 bce_p = Primitive("jax_bce")
@@ -226,6 +226,8 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 f"jax_bce.loss(implementation={implementation!r}) is compiled for {where}, where "
                 "that kernel cannot run: use implementation=None."
             )
+        shared = [size for aval in avals[4:] for size in aval.shape]
+        weighted = any(size != 1 for size in shared) or not {*call["modifiers"]} <= {*DIVISOR}
         use_xla = (
             platform is None
             or where is not None
@@ -240,6 +242,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 params["reduced_rank"],
                 avals[0].dtype,
                 transposed,
+                weighted,
             )
         )
         if use_xla:
