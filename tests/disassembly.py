@@ -13,9 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import deque
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from heapq import heapify, heappop, heappush
+from itertools import product
+from math import inf
 from pathlib import Path
 
 from jax_bce import _kernels
@@ -73,6 +77,10 @@ class Instruction:
     def is_conditional(self) -> bool:
         return self.text.startswith("@")
 
+    @property
+    def is_vote(self) -> bool:
+        return "VOTE.ANY" in self.text
+
     def width(self, operation: str) -> int:
         """How many bits a thread loads ("LDG") or stores ("STG") with it."""
         access = ACCESS.match(self.text)
@@ -87,10 +95,18 @@ def parse(disassembly: str) -> list[Instruction]:
         branch = BRANCH.match(text)
         followers = [places[int(branch[3], 16)]] if branch else []
         ends = text.startswith(("EXIT", "RET", "BRX", "JMX"))
-        if not ends and not (branch and not branch[1] and not branch[2].strip()):
+        leaves = ends or (branch and not branch[1] and not branch[2].strip())
+        if not leaves and place + 1 < len(listed):
             followers.append(place + 1)
         code.append(Instruction(text, followers))
     return code
+
+
+Work = tuple[int, ...]  # approximations, votes, stores, and loads of each width
+
+
+def add(a: Work, b: Work) -> Work:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
@@ -103,57 +119,115 @@ class Turn:
     votes: int = 1  # how often the warp decides which way to take
     without: str = "STS"  # instructions of other ways: here, of tiles
 
+    @property
+    def work(self) -> Work:
+        return (self.approximations, self.votes, self.stores[1], *self.loads.values())
+
+    def work_of(self, step: Instruction) -> list[Work]:
+        """What an instruction may do of this work; an empty list if no turn contains it."""
+        load, store = step.width("LDG"), step.width("STG")
+        if re.search(self.without, step.text) or load not in {0, *self.loads}:
+            return []
+        loads = [load == width for width in self.loads]
+        # A store under a condition is not always asked for.
+        stores = {store, 0} if step.is_conditional else {store}
+        return [
+            (bool(RECIPROCAL.match(step.text)), step.is_vote, width != 0, *loads)
+            for width in stores & {self.stores[0], 0}
+        ]
+
+
+@dataclass
+class Block:
+    """Instructions without a branch between them, up to the next branch or vote."""
+
+    places: list[int]
+    followers: list[int]
+    work: set[Work]  # what all of them together may do; empty if no turn contains them
+
+
+def blocks_from(votes: list[int], code: list[Instruction], turn: Turn) -> dict[int, Block]:
+    """Those that can be reached from a vote, by the place of their first instruction."""
+    blocks: dict[int, Block] = {}
+    firsts = list(votes)
+    while firsts:
+        first = firsts.pop()
+        if first in blocks:
+            continue
+        places, followers, work = [], [first], {(0,) * len(turn.work)}
+        while len(followers) == 1 and followers[0] not in {*places, *(votes if places else ())}:
+            step = code[followers[0]]
+            places += followers
+            followers = step.followers
+            work = {add(*each) for each in product(work, turn.work_of(step))}
+        blocks[first] = Block(places, followers if work else [], work)
+        firsts += blocks[first].followers
+    return blocks
+
+
+def shortest_first(starts: list, steps: Callable, at_least: Callable = lambda state: 0) -> Iterator:
+    """The A* search: each state that can be reached, the shortest way's length, and its states.
+
+    `steps(state)` yields the next states and how long the step to each is; `at_least(state)` is a
+    lower bound of the length that is left. Without a bound, this is Dijkstra's algorithm.
+    """
+    queue = [(at_least(state), state, 0, ()) for state in starts]
+    heapify(queue)
+    seen = set()
+    while queue:
+        _, state, length, states = heappop(queue)
+        if state in seen:
+            continue
+        seen.add(state)
+        yield state, length, states
+        for following, more in steps(state):
+            if following not in seen and (left := at_least(following)) < inf:
+                total = length + more
+                heappush(queue, (total + left, following, total, (*states, state)))
+
 
 def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
     """The shortest way from a vote back to it that does the turn's work; or nothing.
 
     Predicated instructions count, as they are issued even if their condition is false.
     """
-    without = re.compile(turn.without)
-    loaded = sum(width * count for width, count in turn.loads.items())
-    goal = (loaded, turn.stores[0] * turn.stores[1], turn.approximations, turn.votes)
-    best: list[int] = []
-    for start, vote in enumerate(code):
-        if "VOTE.ANY" not in vote.text:
-            continue
-        first = (start, 0, 0, 0, 1)
-        before: dict = {first: None}
-        queue = deque([first])
-        end = None
-        while queue and end is None:
-            state = queue.popleft()
-            for place in code[state[0]].followers:
-                if place == start and state[1:] == goal:
-                    end = state
-                    break
-                if place >= len(code) or place == start:
-                    continue
-                step = code[place]
-                load, store = step.width("LDG"), step.width("STG")
-                if without.search(step.text) or (load and load not in turn.loads):
-                    continue
-                if store and store != turn.stores[0] and not step.is_conditional:
-                    continue
-                # A store under a condition is not always asked for.
-                for stored in {store, 0} if step.is_conditional else {store}:
-                    done = (
-                        state[1] + load,
-                        state[2] + stored,
-                        state[3] + bool(RECIPROCAL.match(step.text)),
-                        state[4] + ("VOTE.ANY" in step.text),
-                    )
-                    following = (place, *done)
-                    fits = all(a <= b for a, b in zip(done, goal, strict=True))
-                    if fits and following not in before:
-                        before[following] = state
-                        queue.append(following)
-        found = []
-        while end is not None:
-            found.append(end[0])
-            end = before[end]
-        if found and (not best or len(found) < len(best)):
-            best = found[::-1]
-    return [code[place] for place in best]
+    votes = [place for place, step in enumerate(code) if step.is_vote]
+    blocks = blocks_from(votes, code, turn)
+    nothing = (0,) * len(turn.work)
+    leaders = defaultdict(list)
+    for first, block in blocks.items():
+        for follower in block.followers:
+            leaders[follower].append((first, len(block.places), min(block.work)[0]))
+
+    def backwards(state: tuple[int, int, int]) -> Iterator:
+        vote, place, approximations = state
+        if place != vote or not approximations:
+            for first, length, more in leaders[place]:
+                if approximations + more <= turn.approximations:
+                    yield (vote, first, approximations + more), length
+
+    def forwards(state: tuple[int, int, Work]) -> Iterator:
+        vote, place, done = state
+        if place != vote or done == nothing:
+            for work, follower in product(blocks[place].work, blocks[place].followers):
+                after = add(done, work)
+                if all(a <= b for a, b in zip(after, turn.work, strict=True)):
+                    yield (vote, follower, after), len(blocks[place].places)
+
+    # The shortest way back with a number of approximations, whatever else it does, is a lower bound
+    # with which the search for all of the work visits few states.
+    ends = [(vote, vote, 0) for vote in votes]
+    back = {state: length for state, length, _ in shortest_first(ends, backwards)}
+
+    def at_least(state: tuple[int, int, Work]) -> float:
+        vote, place, done = state
+        return back.get((vote, place, turn.approximations - done[0]), inf)
+
+    starts = [(vote, vote, nothing) for vote in votes]
+    for (vote, place, done), _, states in shortest_first(starts, forwards, at_least):
+        if place == vote and done == turn.work:
+            return [code[each] for _, first, _ in states for each in blocks[first].places]
+    return []
 
 
 # The loops worth counting: name, dtypes of logits and labels, whether there are modifiers, and the
@@ -215,6 +289,7 @@ class Loop:
         return self.kernel.warps * 32 * sum(self.loads) // 8
 
 
+@cache
 def kernels(architecture: int) -> list[Kernel]:
     usage = USAGE.findall(cuobjdump("-res-usage", "-arch", f"sm_{architecture}"))
     return [
