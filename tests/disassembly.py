@@ -279,9 +279,18 @@ class Kernel:
 class Loop:
     name: str
     kernel: Kernel
-    instructions: float  # for an element
-    loads: list[int]  # widths in bits
-    stores: list[int]
+    elements: int
+    code: list[Instruction]  # of a turn, for so many elements
+
+    @property
+    def instructions(self) -> float:
+        """For an element."""
+        return len(self.code) / self.elements
+
+    @property
+    def loads(self) -> list[int]:
+        """Their widths in bits."""
+        return [width for step in self.code if (width := step.width("LDG"))]
 
     @property
     def bytes_in_flight(self) -> int:
@@ -307,11 +316,7 @@ def loop(architecture: int, name: str) -> Loop:
     )
     found = way(kernel.code, turn)
     assert found, f"no such way through {kernel}: {name}"
-    widths = {
-        operation: [width for i in found if (width := i.width(operation))]
-        for operation in ("LDG", "STG")
-    }
-    return Loop(name, kernel, len(found) / elements, widths["LDG"], widths["STG"])
+    return Loop(name, kernel, elements, found)
 
 
 def markdown(*rows: list) -> str:

@@ -6,8 +6,12 @@ gpu_compiler.py compiles; in a process of its own, as the CUDA plugin is for nob
 import functools
 import math
 import multiprocessing
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import gpu_compiler
 import pytest
@@ -213,3 +217,18 @@ def test_without_the_kernel(
     program = compiled(name, *types)
     assert not any("jax_bce" in kernel for kernel in program.kernels)
     assert (len(program.kernels) == 1) == ("None" in name)
+
+
+@pytest.mark.any_jax
+@pytest.mark.thorough
+def test_model_of_both(require: Callable[[str], None]) -> None:
+    """Where None is the kernel, it is at or ahead of XLA by the model: one case of each kind."""
+    for what in ("gpu-compiler", "cuobjdump", "nvcc"):
+        require(what)
+    cases = ["mean, bfloat16 and uint8", "mean of 2^16", "rows, 1,000,000 x 10"]
+    script = Path(__file__).with_name("gpu_model.py")
+    command = [sys.executable, script, "--gpus", "H200", "--cases", *cases]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == cases
+    assert all(float(re.search(r"\((\S+)x\)", row)[1]) >= 1 for row in rows)

@@ -208,11 +208,13 @@ def calls(dtype: object = jnp.float32, **keywords: object) -> list[str]:
         (jnp.float32, {"axis": -1}, ["loss_and_grad"]),
         (jnp.float32, {"axis": 0}, []),
         (jnp.float32, {"axis": (0, 1)}, ["loss_and_grad"]),
-        (jnp.float32, {"weight": 2.0, "label_smoothing": 0.1}, ["loss_and_grad"]),
+        (jnp.float32, {"normalizer": 2.0, "label_smoothing": 0.1}, ["loss_and_grad"]),
+        (jnp.float32, {"weight": 2.0}, []),
+        (jnp.float32, {"axis": -1, "normalizer": jnp.ones(16)}, []),
         (jnp.float32, {"reduction": "none"}, []),
         (jnp.float32, {"residuals": "recompute"}, ["loss"]),
-        (jnp.float32, {"ignore_label": 0, "reduction": "sum"}, ["loss_and_grad"]),
-        (jnp.float32, {"ignore_label": 0}, ["loss_and_grad"]),  # XLA makes the denominator
+        (jnp.float32, {"ignore_label": 0, "reduction": "sum"}, []),
+        (jnp.float32, {"ignore_label": 0}, []),
     ],
     ids=str,
 )
