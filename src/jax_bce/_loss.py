@@ -94,10 +94,11 @@ def loss(
       implementation: None selects the SIMD kernel on a CPU, which is the fastest by measurement; on
         an NVIDIA GPU, the CUDA kernel for sums and means over all axes or the last ones, without
         weights or masks, unless logits are float64 (its speed has not been measured); and XLA for
-        everything else, as ``python -m jax_bce`` lists. The environment variable JAX_BCE_GPU, xla or cuda, pins the
-        choice on GPUs. "cpu" is the SIMD kernel, "cuda" the GPU kernel, and "xla" plain JAX, which
-        is also what ``jax.export`` stores unless a kernel is named. Like reduction, axis, dtype and
-        residuals, it is static under jit; all other arguments may be traced.
+        everything else, as ``python -m jax_bce`` lists. The environment variable JAX_BCE_GPU, xla
+        or cuda, pins the choice on GPUs. "cpu" is the SIMD kernel, "cuda" the GPU kernel, and "xla"
+        plain JAX, which is also what ``jax.export`` stores unless a kernel is named. Like
+        reduction, axis, dtype and residuals, it is static under jit; all other arguments may be
+        traced.
 
     Returns:
       The loss, with the logits' shape without the reduced axes.
