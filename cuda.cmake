@@ -10,7 +10,8 @@ if(JAX_BCE_CUDA STREQUAL "OFF")
   return()
 endif()
 
-set(ARCHITECTURES $ENV{CUDAARCHS})
+# Numbers alone: "native" and "all" leave the choice to JAX_BCE_CUDA.
+string(REGEX MATCHALL "[0-9]+" ARCHITECTURES "$ENV{CUDAARCHS}")
 if(JAX_BCE_CUDA STREQUAL "AUTO" AND NOT ARCHITECTURES)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE LISTED ERROR_QUIET RESULT_VARIABLE FAILED)
@@ -34,6 +35,15 @@ u.find_spec('nvidia').submodule_search_locations[0] + '/cu13/bin')"
 else()
   find_program(NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr/local/cuda/bin)
 endif()
+set(WHAT "there is no nvcc")
+if(NVCC)
+  execute_process(COMMAND ${NVCC} --version OUTPUT_VARIABLE RELEASE)
+  if(RELEASE MATCHES "release ([0-9]+)" AND CMAKE_MATCH_1 LESS 12)
+    set(WHAT "${NVCC} is of CUDA ${CMAKE_MATCH_1}")
+    unset(NVCC CACHE)
+    set(NVCC)
+  endif()
+endif()
 if(NOT NVCC)
   set(REMEDY "install a CUDA toolkit, 12 or newer, with nvcc on the PATH or in $CUDA_HOME/bin, or \
 let pip download the compiler: JAX_BCE_CUDA=PYPI pip install .")
@@ -42,10 +52,10 @@ let pip download the compiler: JAX_BCE_CUDA=PYPI pip install .")
 pyproject.toml lists for JAX_BCE_CUDA=PYPI first")
   endif()
   if(JAX_BCE_CUDA STREQUAL "AUTO")
-    message(STATUS "jax_bce: no CUDA kernel, as there is no nvcc. To build one, ${REMEDY}")
+    message(STATUS "jax_bce: no CUDA kernel, as ${WHAT}. To build one, ${REMEDY}")
     return()
   endif()
-  message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but there is no nvcc: ${REMEDY}")
+  message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but ${WHAT}: ${REMEDY}")
 endif()
 
 # Machine code for those GPUs, or for every generation that this compiler knows. PTX for the oldest, for

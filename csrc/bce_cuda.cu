@@ -179,7 +179,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
   for (int name = 0; name < kModifiers; ++name) {
     const Modifier& modifier = problem.modifiers[name];
-    if (modifier.data)
+    if (modifier.data && columns > 0)
       plan.modifiers[name] = input_of(modifier.data, modifier.type, modifier.rank, modifier.shape,
                                       modifier.strides, &plan);
   }
@@ -187,7 +187,9 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
     return input_of(operand.data, operand.type, problem.rank, shape, operand.strides, &plan);
   };
   plan.logits = input(problem.logits), plan.labels = input(problem.labels);
-  plan.scale = input(problem.scale), plan.smoothing = input(problem.smoothing);
+  plan.scale = input(problem.scale);
+  // Without elements it may be empty, and must not be read.
+  plan.smoothing = input(columns > 0 ? problem.smoothing : problem.scale);
   plan.divisor = input(problem.divisor), plan.divisor_low = input(problem.divisor_low);
   plan.loss = problem.loss, plan.gradient = problem.gradient;
   plan.reduce = problem.reduce, plan.total = problem.total;

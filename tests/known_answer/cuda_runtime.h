@@ -9,7 +9,9 @@
 inline bool old_driver = false, no_image = false;
 constexpr cudaError_t kOldDriver = static_cast<cudaError_t>(35);
 constexpr cudaError_t kNoImage = static_cast<cudaError_t>(209);
+constexpr cudaError_t cudaErrorMemoryAllocation = static_cast<cudaError_t>(2);
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorMemoryAllocation) return "out of memory";
   return error == kOldDriver ? "CUDA driver version is insufficient for CUDA runtime version"
                              : "no kernel image is available for execution on the device";
 }

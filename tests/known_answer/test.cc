@@ -39,6 +39,7 @@ const char* bce_cuda(const Problem& given, double* workspace, CUstream_st* strea
   }
   if (fault == "no image for a kernel" && problem.logits.type == Type::kF16)
     return cudaGetErrorString(kNoImage);
+  if (fault == "no memory") return cudaGetErrorString(cudaErrorMemoryAllocation);
   const char* error = healthy_bce_cuda(problem, workspace, stream);
   auto* gradient = static_cast<char*>(problem.gradient.data);
   if (!gradient || problem.gradient.type != Type::kF32) return error;
