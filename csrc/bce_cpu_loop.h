@@ -11,9 +11,10 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "bce_cpu.h"
-#include "bce_math.h"
+#include "bce_focal.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -315,6 +316,10 @@ struct Tile {
   Scalar *loss, *gradient;
   bool smoothed;
   alignas(64) Scalar factors[kTile], smoothing[kTile];
+  // Of a focal loss: the numbers that nothing gives are null, or as if not given.
+  const Scalar *alpha, *gamma, *gamma_pos, *clip, *clip_logit, *clip_logit_low;
+  bool products;  // whether all elements have the same gammas, which are 0, 1, 2 or 4, and which
+  int integer_neg, integer_pos;
   const Scalar* pos_weight;  // this and the next are of a modified problem
   alignas(64) Scalar weight[kTile], weight_low[kTile];
   alignas(64) Scalar loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
@@ -364,16 +369,21 @@ BCE_INLINE void for_each_vector(int size, F f) {
   }
 }
 
-// The first step. Returns whether all elements are common, which it takes for granted if kCommon.
-template <bool kCommon, class Scalar>
-BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
+// Whether all logits of a tile are common, and whether all labels are 0 or 1.
+struct Found {
+  bool common, hard;
+};
+
+// The first step. If kCommon, it takes for granted that all logits are common.
+template <bool kCommon, bool kPrecise = false, class Scalar>
+BCE_INLINE Found exponentials(Tile<Scalar>& tile) {
   using V = Vector<Scalar>;
   using Bits = typename V::Bits;
   const Scalar *logits = tile.logits, *labels = tile.labels;
   Bits largest = {}, soft = {};
   for_each_vector<V>(tile.size, [&](int i) {
     const auto logit = V::load(logits + i), label = V::load(labels + i);
-    const Exponential<V> exponential = exp_of<V, kCommon>(logit);
+    const Exponential<V> exponential = exp_of<V, kCommon, kPrecise>(logit);
     V::store(tile.e + i, exponential.e);
     V::store(tile.e_low + i, exponential.e_low);
     if constexpr (!kCommon) V::store(tile.e_scale + i, exponential.scale);
@@ -383,14 +393,17 @@ BCE_INLINE bool exponentials(Tile<Scalar>& tile) {
     soft |= V::to_bits(V::fma(label, label, -label));
   });
   const Bits limit = V::to_bits(V::set(Format<Scalar>::kCommon));
-  bool common = !tile.smoothed;
-  for (int i = 0; i < V::kLanes; ++i) common &= largest[i] <= limit[i] && soft[i] == 0;
-  return common;
+  Found found = {true, !tile.smoothed};
+  for (int i = 0; i < V::kLanes; ++i) {
+    found.common &= largest[i] <= limit[i];
+    found.hard &= soft[i] == 0;
+  }
+  return found;
 }
 
-// What the modifiers of a tile come to: no element exists; nothing; a positive weight and a mask;
-// or anything.
-enum class Modified { kDropped, kNot, kPositive, kAny };
+// What the modifiers of a tile come to: no element exists; nothing; a weight that is one number,
+// or that of a label; or anything.
+enum class Modified { kDropped, kNot, kExact, kAny };
 
 // The second step: the loss, the gradient, or both.
 template <bool kCommon, Modified kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
@@ -405,7 +418,7 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     if constexpr (!kCommon) smoothing = V::load(tile.smoothing + i);
     Weight<typename V::Float> weight = {};
     constexpr bool kAny = kModified == Modified::kAny;
-    if constexpr (kModified == Modified::kPositive) {
+    if constexpr (kModified == Modified::kExact) {
       static_assert(kCommon);  // labels are 0 or 1
       const auto one = V::set(1);
       // That of a mask: 0 or 1.
@@ -430,7 +443,7 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       auto value =
           loss_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight);
       if constexpr (kReduce) {
-        if constexpr (kModified == Modified::kPositive)
+        if constexpr (kModified == Modified::kExact)
           value = weighted<V, true>(value, weight.weight.high);
         else if constexpr (kAny)
           value = weighted<V, kCommon>(value, weight.weight);
@@ -445,6 +458,101 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
             gradient_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight),
             gradient_type);
   });
+}
+
+// The second step of a focal loss, which is longer and therefore several, for all kinds of results.
+template <bool kCommon, bool kClips, bool kProducts, class Scalar>
+[[gnu::noinline]] void focal_elements(Tile<Scalar>& tile, const Problem& problem, bool weighs) {
+  using V = Vector<Scalar>;
+  using Float = typename V::Float;
+  const auto at = [](const Scalar* numbers, int i) { return V::load(numbers + i * V::kLanes); };
+  const auto exponential = [&](int i) -> Exponential<V> {
+    const auto scale = kCommon ? V::set(1) : at(tile.e_scale, i);
+    return {at(tile.e, i), at(tile.e_low, i), scale};
+  };
+  const auto focus = [&](int i) -> Focus<Float> {
+    Focus<Float> focus = {
+        at(tile.gamma, i), at(tile.gamma_pos, i), V::set(0),       V::set(-0x1p100),
+        V::set(0),         tile.integer_neg,      tile.integer_pos};
+    if constexpr (kClips) {
+      focus.clip = at(tile.clip, i);
+      focus.clip_logit = at(tile.clip_logit, i);
+      focus.clip_logit_low = at(tile.clip_logit_low, i);
+    }
+    return focus;
+  };
+  const int vectors = (tile.size + V::kLanes - 1) / V::kLanes;
+  HardFocal<V, kClips, kProducts> elements[kTile / V::kLanes];
+  for (int i = 0; i < vectors; ++i)
+    elements[i].probabilities(at(tile.logits, i), at(tile.labels, i), exponential(i));
+  for (int i = 0; kClips && i < vectors; ++i) elements[i].clip(at(tile.labels, i), focus(i));
+  for (int i = 0; i < vectors; ++i) elements[i].logarithms(exponential(i));
+
+  const bool with_loss = problem.loss.data, with_gradient = problem.gradient.data;
+  const bool has_weight = weighs || tile.alpha;
+  for (int i = 0; i < vectors; ++i) {
+    const Float label = at(tile.labels, i), smoothing = kCommon ? V::set(0) : at(tile.smoothing, i);
+    auto result = elements[i].result(label, focus(i), problem.constant_power);
+    if constexpr (!kCommon) {
+      const Float logit = at(tile.logits, i);
+      const auto hard = is_hard<V>(logit, label, smoothing);
+      const auto soft = soft_focal_of<V>(logit, label, smoothing, exponential(i), focus(i),
+                                         problem.constant_power);
+      result = {{V::select(hard, result.loss.high, soft.loss.high),
+                 V::select(hard, result.loss.low, soft.loss.low)},
+                V::select(hard, result.gradient, soft.gradient)};
+    }
+    Pair<Float> weight = {V::set(1), V::set(0)};
+    if (weighs) weight = {at(tile.weight, i), at(tile.weight_low, i)};
+    if (tile.alpha)
+      weight = product_of<V>(weight, balance_of<V>(at(tile.alpha, i), label, smoothing));
+    const auto write = [&](Scalar* to, Float value) {
+      if (has_weight) value = weighted<V, kCommon>({value, V::set(0)}, weight.high).high;
+      V::store(to + i * V::kLanes, value * at(tile.factors, i));
+    };
+    if (with_loss && problem.reduce) {
+      const auto value = has_weight ? weighted<V, kCommon>(result.loss, weight) : result.loss;
+      V::store(tile.loss + i * V::kLanes, value.high);
+      V::store(tile.loss_low + i * V::kLanes, value.low);
+    } else if (with_loss) {
+      auto loss = fast_two_sum(result.loss.high, result.loss.low);
+      if (problem.loss.type == Type::kF16) loss.high = round_to_odd<V>(loss.high, loss.low);
+      write(tile.loss, loss.high);
+    }
+    if (with_gradient) write(tile.gradient, result.gradient);
+  }
+}
+
+template <bool kCommon, class Scalar>
+void focal_elements(Tile<Scalar>& tile, const Problem& problem, bool weighs) {
+  const auto evaluate = [&](auto clips) {
+    if (kCommon && tile.products)
+      focal_elements<kCommon, clips, kCommon>(tile, problem, weighs);
+    else
+      focal_elements<kCommon, clips, false>(tile, problem, weighs);
+  };
+  tile.clip ? evaluate(std::true_type()) : evaluate(std::false_type());
+}
+
+// The logits of a tile of probabilities, in two parts.
+template <class Scalar>
+[[gnu::noinline]] void logits_of(const Scalar* probabilities, int size, Scalar* high, Scalar* low) {
+  using V = Vector<double>;
+  double p[kTile];
+  for (int i = 0; i < size; ++i) p[i] = probabilities[i];
+  for (int i = 0; i < size; i += V::kLanes) {
+    const Pair<V::Float> positive = {V::load(p + i), V::set(0)},
+                         negative = fast_two_sum(V::set(1), -positive.high);
+    const auto a = minus_log_of<V, true>(positive, negative);
+    const auto b = minus_log_of<V, true>(negative, positive);
+    const auto sum = two_sum(b.high, -a.high);
+    const auto rest = sum.low + (b.low - a.low);
+    for (int k = 0; k < V::kLanes; ++k) {
+      const bool none = p[i + k] == 0;
+      high[i + k] = none ? Scalar(-0x1p100) : static_cast<Scalar>(sum.high[k]);
+      low[i + k] = none ? 0 : static_cast<Scalar>(sum.high[k] - high[i + k] + rest[k]);
+    }
+  }
 }
 
 // A tile of positive weights where there are none.
@@ -652,6 +760,9 @@ class Inputs {
     }
     const bool two_weights = given(kWeight) && given(kSampleWeight);
     const bool weighs = given(kWeight) || given(kSampleWeight) || powers_;
+    // Each element's weight is one number, or a product with pos_weight where that is 1 or the
+    // label.
+    const bool exact = !two_weights && !powers_ && !(weighs && given(kPosWeight));
     if (given(kWeight) || given(kSampleWeight)) {
       const Scalar* weight = numbers(given(kWeight) ? kWeight : kSampleWeight, buffer);
       std::memcpy(tile_.weight, weight, filled * sizeof(Scalar));
@@ -665,7 +776,7 @@ class Inputs {
         V::store(tile_.weight + i, a * b);
         V::store(tile_.weight_low + i, V::fma(a, b, -(a * b)));
       });
-    } else if (weighs || problem_.total) {
+    } else if (!exact || problem_.total) {
       for (Scalar& low : tile_.weight_low) low = 0;
     }
     if (powers_) {
@@ -675,38 +786,73 @@ class Inputs {
       }
     }
     tile_.pos_weight = given(kPosWeight) ? numbers(kPosWeight, pos_weight_) : ones<Scalar>();
-    if (!masked_)
-      return weighs ? Modified::kAny : given(kPosWeight) ? Modified::kPositive : Modified::kNot;
 
-    for (int i = filled; i < tile_.size; ++i) keep_[i] = 0;
-    typename V::Float kept = {};
-    const auto select = [&](int i, Scalar* to, const Scalar* from, Scalar otherwise) {
-      const auto exists = V::load(keep_ + i) != V::set(0);
-      V::store(to + i, V::select(exists, V::load(from + i), V::set(otherwise)));
-    };
-    for_each_vector<V>(tile_.size, [&](int i) {
-      kept += V::load(keep_ + i);
-      select(i, tile_.weight, tile_.weight, 0);
-    });
-    if (two_weights)
-      for_each_vector<V>(tile_.size,
-                         [&](int i) { select(i, tile_.weight_low, tile_.weight_low, 0); });
-    if (!problem_.total) {
+    const Modified kept = exact ? Modified::kExact : Modified::kAny;
+    int count = filled;
+    if (masked_) {
+      typename V::Float counts = {};
+      for (int i = filled; i < tile_.size; ++i) keep_[i] = 0;
       for_each_vector<V>(tile_.size, [&](int i) {
-        select(i, logits_, tile_.logits, 0);
-        select(i, labels_, tile_.labels, 0);
+        counts += V::select(V::load(keep_ + i) != V::set(0), V::set(1), V::set(0));
       });
-      tile_.logits = logits_;
-      tile_.labels = labels_;
-      if (given(kPosWeight)) {
-        for_each_vector<V>(tile_.size, [&](int i) { select(i, pos_weight_, tile_.pos_weight, 1); });
-        tile_.pos_weight = pos_weight_;
-      }
+      count = 0;
+      for (int i = 0; i < V::kLanes; ++i) count += static_cast<int>(counts[i]);
     }
-    bool any = false;
-    for (int i = 0; i < V::kLanes; ++i) any |= kept[i] != 0;
-    if (!any) return Modified::kDropped;
-    return weighs ? Modified::kAny : Modified::kPositive;
+    if (count == filled) masked_ = false;
+    if (!masked_) return weighs || given(kPosWeight) ? kept : Modified::kNot;
+    if (count == 0) return Modified::kDropped;
+
+    for_each_vector<V>(tile_.size, [&](int i) {
+      const auto exists = V::load(keep_ + i) != V::set(0);
+      const auto select = [&](Scalar* to, const Scalar* from, Scalar otherwise) {
+        V::store(to + i, V::select(exists, V::load(from + i), V::set(otherwise)));
+      };
+      select(tile_.weight, tile_.weight, 0);
+      if (two_weights) select(tile_.weight_low, tile_.weight_low, 0);
+      if (problem_.total) return;
+      select(logits_, tile_.logits, 0);
+      select(labels_, tile_.labels, 0);
+      if (given(kPosWeight)) select(pos_weight_, tile_.pos_weight, 1);
+    });
+    if (problem_.total) return kept;
+    tile_.logits = logits_;
+    tile_.labels = labels_;
+    if (given(kPosWeight)) tile_.pos_weight = pos_weight_;
+    return kept;
+  }
+
+  // Loads the numbers of a focal loss for a tile. One number is loaded only once.
+  void focus(const Span& span) {
+    const int64_t element = span.row * problem_.columns() + span.column;
+    const auto is_one = [&](ModifierName name) {
+      const Modifier& modifier = problem_.modifiers[name];
+      return modifier.rank == 1 && modifier.strides[0] == 0;
+    };
+    const auto numbers = [&](ModifierName name, Scalar* buffer) -> const Scalar* {
+      const Modifier& modifier = problem_.modifiers[name];
+      if (!modifier.data) return nullptr;
+      if (is_one(name) && focused_) return buffer;
+      bool constant;
+      const int size = is_one(name) ? kTile : span.size();  // later tiles may be larger
+      return ::jax_bce::load(modifier, element, size, buffer, &constant);
+    };
+    tile_.alpha = numbers(kAlpha, focal_[0]);
+    tile_.gamma = numbers(kGamma, focal_[1]);
+    tile_.gamma_pos = numbers(kGammaPos, focal_[2]);
+    tile_.clip = numbers(kClip, focal_[3]);
+    if (tile_.clip && !(is_one(kClip) && focused_))
+      logits_of(tile_.clip, is_one(kClip) ? kTile : tile_.size, focal_[4], focal_[5]);
+    tile_.clip_logit = focal_[4];
+    tile_.clip_logit_low = focal_[5];
+    if (!tile_.gamma_pos) tile_.gamma_pos = tile_.gamma;
+    tile_.products = is_one(kGamma) && (!problem_.modifiers[kGammaPos].data || is_one(kGammaPos));
+    for (const auto& [gammas, integer] : {std::pair(tile_.gamma, &tile_.integer_neg),
+                                          std::pair(tile_.gamma_pos, &tile_.integer_pos)}) {
+      const Scalar gamma = gammas[0];
+      tile_.products &= gamma == 0 || gamma == 1 || gamma == 2 || gamma == 4;
+      *integer = tile_.products ? static_cast<int>(gamma) : 0;
+    }
+    focused_ = true;
   }
 
   // Drops the elements whose label, as it is stored, is ignore_label.
@@ -744,9 +890,11 @@ class Inputs {
   bool loaded_ = false, dropped_, zeros_, powers_, tame_;
   double scale_[kTile], divisor_[kTile];  // of which the factors are made
   bool masked_;                           // by keep_
+  bool focused_ = false;                  // whether the numbers of a focal loss were loaded
   Tile<Scalar> tile_;
   alignas(64) Scalar logits_[kTile], labels_[kTile];
   alignas(64) Scalar pos_weight_[kTile], power_[kTile], keep_[kTile], rest_[kTile];
+  alignas(64) Scalar focal_[6][kTile];
 };
 
 // Evaluates elements, tile by tile.
@@ -799,6 +947,7 @@ class Evaluation : Inputs<Scalar> {
   using Inputs<Scalar>::begin;
   using Inputs<Scalar>::divisor_;
   using Inputs<Scalar>::dropped_;
+  using Inputs<Scalar>::focus;
   using Inputs<Scalar>::keep_;
   using Inputs<Scalar>::labels_;
   using Inputs<Scalar>::load;
@@ -820,13 +969,14 @@ class Evaluation : Inputs<Scalar> {
     const Modified modified = modifies ? modify(span) : Modified::kNot;
     if (modified == Modified::kDropped) {
       drop();
-    } else if (exponentials<true>(tile_) && !powers_) {
+    } else if (problem_.is_focal()) {
+      evaluate_focal(span, modified);
+    } else if (is_common()) {
       if (modified == Modified::kNot) compute<true, Modified::kNot>();
-      if (modified == Modified::kPositive) compute<true, Modified::kPositive>();
+      if (modified == Modified::kExact) compute<true, Modified::kExact>();
       if (modified == Modified::kAny) compute<true, Modified::kAny>();
     } else {
-      exponentials<false>(tile_);
-      if (modified == Modified::kPositive)  // of which all weights are exact
+      if (modified == Modified::kExact)  // of which all weights are exact
         for (Scalar& low : tile_.weight_low) low = 0;
       modified == Modified::kNot ? compute<false, Modified::kNot>()
                                  : compute<false, Modified::kAny>();
@@ -839,6 +989,28 @@ class Evaluation : Inputs<Scalar> {
         if constexpr (kGradient) tile_.gradient[i] = 0;
       }
     }
+  }
+
+  // The first step. Returns whether the elements are such that kCommon allows in the second.
+  template <bool kPrecise = false>
+  BCE_INLINE bool is_common() {
+    const Found found = exponentials<true, kPrecise>(tile_);
+    if (found.common && found.hard && !powers_) return true;
+    if (found.common)
+      for (Scalar& scale : tile_.e_scale) scale = 1;
+    else
+      exponentials<false, kPrecise>(tile_);
+    return false;
+  }
+
+  void evaluate_focal(const Span& span, Modified modified) {
+    focus(span);
+    if (modified == Modified::kExact)  // of which all weights are exact
+      for (Scalar& low : tile_.weight_low) low = 0;
+    const bool weighs = modified != Modified::kNot;
+    const bool common = tile_.clip ? is_common<true>() : is_common();
+    common ? focal_elements<true>(tile_, problem_, weighs)
+           : focal_elements<false>(tile_, problem_, weighs);
   }
 
   template <bool kCommon, Modified kModified>
@@ -870,11 +1042,42 @@ class Evaluation : Inputs<Scalar> {
   alignas(64) Scalar loss_[kTile], gradient_[kTile];
 };
 
+// Whether the total of a block is the number of elements that a mask of bools, or a whole number as
+// ignore_label, keeps; and that number, which is exact in any order.
+template <class Scalar>
+bool count_kept(const Problem& problem, int64_t row, int64_t begin, int64_t size, double* total) {
+  const Modifier &where = problem.modifiers[kWhere], &ignored = problem.modifiers[kIgnoreLabel];
+  const RowStart start = problem.row_start(row);
+  if (problem.modifiers[kWeight].data || problem.modifiers[kSampleWeight].data ||
+      (where.data && ignored.data) || problem.factor_at<Scalar>(start, 0).power != 1)
+    return false;
+  int64_t kept = 0;
+  if (where.data && where.rank == 1 && where.strides[0] == 1) {
+    const auto* mask = static_cast<const uint8_t*>(where.data) + row * problem.columns() + begin;
+    for (int64_t i = 0; i < size; ++i) kept += mask[i] != 0;
+  } else if (ignored.data && ignored.rank == 1 && ignored.strides[0] == 0 &&
+             problem.labels.strides[problem.rank - 1] == 1 && !is_float(problem.labels.type)) {
+    dispatch(problem.labels.type, [&](auto* type) {
+      using Stored = std::remove_pointer_t<decltype(type)>;
+      if constexpr (std::is_integral_v<Stored>) {
+        const auto* labels = static_cast<const Stored*>(problem.labels.data) + start.labels + begin;
+        const Stored other = *static_cast<const Stored*>(ignored.data);
+        for (int64_t i = 0; i < size; ++i) kept += labels[i] != other;
+      }
+    });
+  } else {
+    return false;
+  }
+  *total = static_cast<double>(kept);
+  return true;
+}
+
 // The sum of a block, if problem.reduce.
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
-double block(Evaluation<Scalar, kReduce, kLoss, kGradient>& evaluation, int64_t row, int64_t begin,
-             int64_t size) {
+double block(const Problem& problem, Evaluation<Scalar, kReduce, kLoss, kGradient>& evaluation,
+             int64_t row, int64_t begin, int64_t size) {
   double threads[kFold] = {}, sum = 0;
+  if (kReduce && problem.total && count_kept<Scalar>(problem, row, begin, size, &sum)) return sum;
   for (int64_t done = 0; done < size; done += kTile) {
     const int filled = static_cast<int>(size - done < kTile ? size - done : kTile);
     const Span span = {row, begin + done, 1, filled};
@@ -945,7 +1148,7 @@ void rows(const Problem& problem, int64_t first, int64_t last) {
     return;
   }
   for (int64_t row = first; row < last; ++row) {
-    const double sum = block(evaluation, row, 0, columns);
+    const double sum = block(problem, evaluation, row, 0, columns);
     if constexpr (kReduce) finish_row(problem, row, row_loss<Scalar>(problem, row, sum));
   }
 }
@@ -965,7 +1168,7 @@ double any_block(const Problem& problem, int64_t row, int64_t begin, int64_t siz
   return specialize(problem, [&](auto reduce, auto loss, auto gradient) {
     const GradualUnderflow mode;
     Evaluation<Scalar, reduce, loss, gradient> evaluation(problem);
-    return block(evaluation, row, begin, size);
+    return block(problem, evaluation, row, begin, size);
   });
 }
 

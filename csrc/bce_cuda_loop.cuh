@@ -45,7 +45,7 @@ enum class Factors : uint8_t { kOne, kOneForRow, kAny };
 
 // A Problem as the kernels need it.
 struct Plan {
-  Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiers];
+  Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiersOfAll];
   Result loss, gradient;
   bool reduce, total;
   Factors factors;

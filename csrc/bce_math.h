@@ -181,7 +181,9 @@ BCE_INLINE typename Lanes::Float round_to_odd(typename Lanes::Float high,
 //
 // kCommon promises a logit within Format::kCommon of 0, a label of 0 or 1 and no smoothing, as in
 // nearly all training. Operations that then have no effect are left out; the bits are the same.
-template <class Lanes, bool kCommon = false>
+//
+// kPrecise: the pair's error is about 2^-28 instead of 2^-26.
+template <class Lanes, bool kCommon = false, bool kPrecise = false>
 BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   using Scalar = typename Lanes::Scalar;
   using Float = typename Lanes::Float;
@@ -195,9 +197,10 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
   const Float biased = Lanes::fma(a, Lanes::set(Scalar(-1.4426950408889634)), round);
   const Float exponent = biased - round;
   const Float r_high = Lanes::fma(exponent, Lanes::set(-F::kLn2High), -a);
-  // The rounding error of r, up to a fifth of an ulp of e, is the only one that no pair carries.
+  // Unless kPrecise, the rounding error of r, up to a fifth of an ulp of e, is the only one that no
+  // pair carries.
   const Float r = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high);
-  const Float s = Lanes::fma(r * r, F::template exp_tail<Lanes>(r), r);
+  const Float tail = F::template exp_tail<Lanes>(r), s = Lanes::fma(r * r, tail, r);
   const auto power_of = [](Float biased) {
     return Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
   };
@@ -207,7 +210,13 @@ BCE_INLINE Exponential<Lanes> exp_of(typename Lanes::Float logit) {
     scale = power_of(biased - first + round);
   }
   const Float power = power_of(first), e = Lanes::fma(s, power, power);
-  return {e, Lanes::fma(s, power, power - e), scale};
+  Float e_low = Lanes::fma(s, power, power - e);
+  if constexpr (kPrecise) {
+    const Float r_low = Lanes::fma(exponent, Lanes::set(-F::kLn2Low), r_high - r);
+    const Float s_low = Lanes::fma(r * r, tail, r - s);
+    e_low = Lanes::fma(r_low, e, Lanes::fma(s_low, power, e_low));
+  }
+  return {e, e_low, scale};
 }
 
 // +1 for a label of 0, -1 for a label of 1. A label of 1 is like 0 with the signs of the logit and
@@ -261,7 +270,21 @@ BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logi
   return smoothed<Lanes>({c, c_low}, step, two_sum(Lanes::set(0.5), -label));
 }
 
-// The same with q, and t.
+// A smoothed label y, and n = 1 - y.
+template <class Float>
+struct Labels {
+  Pair<Float> y, n;
+};
+
+template <class Lanes>
+BCE_INLINE Labels<typename Lanes::Float> labels_of(typename Lanes::Float label,
+                                                   typename Lanes::Float smoothing) {
+  const auto to_half = two_sum(Lanes::set(0.5), -label);
+  return {smoothed<Lanes>({label, Lanes::set(0)}, smoothing, to_half),
+          smoothed<Lanes>(fast_two_sum(Lanes::set(1), -label), -smoothing, to_half)};
+}
+
+// c with q, and t.
 template <class Float>
 struct Coefficients {
   Pair<Float> c, t;
@@ -275,9 +298,7 @@ BCE_INLINE Coefficients<typename Lanes::Float> coefficients_of(typename Lanes::F
   using Float = typename Lanes::Float;
   const Float zero = Lanes::set(0), one = Lanes::set(1);
   const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(zero);
-  const Pair<Float> to_half = two_sum(Lanes::set(0.5), -label);
-  const Pair<Float> n = smoothed<Lanes>(fast_two_sum(one, -label), -smoothing, to_half);
-  const Pair<Float> y = smoothed<Lanes>({label, zero}, smoothing, to_half);
+  const auto [y, n] = labels_of<Lanes>(label, smoothing);
   const Pair<Float> p = product_of<Lanes>(y, pos_weight);
   const Pair<Float> sum = two_sum(n.high, p.high);
   // For q = 1, exactly the value without q.

@@ -23,6 +23,7 @@ constexpr int kQuad = 4, kFold = 32, kGroup = 1024, kGroupsInBlock = 8;
 constexpr int64_t kBlock = kGroupsInBlock * kGroup;
 
 enum class Type : uint8_t { kF16, kBF16, kF32, kF64, kBool, kI8, kU8, kI16, kI32, kI64 };
+BCE_INLINE bool is_float(Type type) { return type <= Type::kF64; }
 
 // An operand is read as stored. Its strides, in elements, are 0 where it is broadcast.
 constexpr int kMaxRank = 16;
@@ -52,7 +53,22 @@ struct Modifier {
 };
 
 // In the order in which they follow the other operands. Each is a bit of the attribute "modifiers".
-enum ModifierName { kWeight, kSampleWeight, kPosWeight, kWhere, kIgnoreLabel, kModifiers };
+// With kGamma, the loss is focal or asymmetric (bce_focal.h). It is the gamma of label 0, and,
+// without kGammaPos, of label 1.
+enum ModifierName {
+  kWeight,
+  kSampleWeight,
+  kPosWeight,
+  kWhere,
+  kIgnoreLabel,
+  kAlpha,
+  kGamma,
+  kGammaPos,
+  kClip,
+  kModifiers
+};
+
+constexpr int kModifiersOfAll = kAlpha;  // those of every loss
 
 struct Result {
   void* data = nullptr;  // null: not requested
@@ -100,6 +116,7 @@ struct Factor {
 // weight and sample_weight multiply an element's results; pos_weight multiplies its label in the y
 // term of the formulas. An element is masked, and its results are 0, if `where` is false or if its
 // label, as stored, is ignore_label, which has the labels' type.
+// If there is a gamma, the loss is focal or asymmetric, and there is no pos_weight.
 // If `total`, losses are replaced by the weights of the elements that are not masked.
 struct Problem {
   int rank;
@@ -107,7 +124,8 @@ struct Problem {
   Operand logits, labels, scale, smoothing, divisor, divisor_low;
   bool total = false;
   Modifier modifiers[kModifiers];
-  bool modified;  // whether there are modifiers
+  bool modified;        // whether there are modifiers up to kIgnoreLabel
+  bool constant_power;  // whether the focal power has no derivative
   Result loss, gradient;
   bool reduce;
   double inverse_count;
@@ -141,6 +159,7 @@ struct Problem {
             number(divisor, start.divisor, 1) + number(divisor_low, start.divisor_low, 0)};
   }
 
+  BCE_INLINE bool is_focal() const { return modifiers[kGamma].data; }
   BCE_INLINE int64_t columns() const { return shape[rank - 1]; }
   BCE_INLINE int64_t rows() const {
     int64_t rows = 1;

@@ -8,7 +8,8 @@
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
 //     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
-// "modifiers", and, with the next two bits, a divisor and its rounding error. On "CUDA", one more
+// "modifiers", and, with the next two bits, a divisor and its rounding error. With the bit after
+// those, the gradient takes the power of a focal loss for a constant. On "CUDA", one more
 // result may follow: a workspace for the sums of groups, if a row has several. The operands have
 // the same rank and are broadcast against each other (dimensions of size 1); scalars are broadcast,
 // too. The gradient has their common shape. `reduced_rank` trailing dimensions are summed into the
@@ -62,8 +63,6 @@ inline bool to_type(ffi::DataType from, Type* to) {
   return false;
 }
 
-inline bool is_float(Type type) { return type <= Type::kF64; }
-
 inline ffi::Error invalid(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_bce: " + what);
 }
@@ -78,6 +77,7 @@ inline ffi::Error failed(const std::exception& error) {
 
 constexpr int kOperands = 4;
 constexpr int kDivisor = kOperands, kBroadcast = kOperands + 2;  // with both parts of a divisor
+constexpr int64_t kConstantPower = int64_t{1} << (kModifiers + 2);
 
 // Broadcasts a modifier to the shape of the results, in as few dimensions as its strides allow.
 inline bool broadcast_to(const ffi::AnyBuffer& buffer, int64_t rank, const int64_t* shape,
@@ -118,8 +118,9 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   Operand* operands[] = {&problem->logits,    &problem->labels,  &problem->scale,
                          &problem->smoothing, &problem->divisor, &problem->divisor_low};
   const std::string names[] = {"logits", "labels", "scale", "smoothing", "divisor", "divisor_low"};
-  const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight", "where",
-                                        "ignore_label"};
+  const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight",
+                                        "where",  "ignore_label",  "alpha",
+                                        "gamma",  "gamma_pos",     "clip"};
   const int64_t rank = buffers[0].dimensions().size();
   if (reduced_rank < 0 || reduced_rank > rank)
     return invalid("reduced_rank " + std::to_string(reduced_rank) + " exceeds the rank");
@@ -149,7 +150,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     all.push_back(*buffer);
   }
   // The divisor comes last, in two parts.
-  const int64_t parts = modifiers >> kModifiers;
+  const int64_t parts = (modifiers & ~kConstantPower) >> kModifiers;
   const bool divides = parts == 3;
   if (parts != 0 && !divides) return invalid("an operand too many");
   if (divides && more.size() < 2) return invalid("divisor is missing");
@@ -218,7 +219,7 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
 
   size_t given = 0;
   const size_t given_modifiers = more.size() - (divides ? 2 : 0);
-  problem->modified = given_modifiers > 0;
+  problem->modified = modifiers & ((1 << kAlpha) - 1);
   for (int i = 0; i < kModifiers; ++i) {
     const std::string name = modifier_names[i];
     if (!(modifiers >> i & 1)) continue;
@@ -233,6 +234,11 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       return invalid(name + " cannot be broadcast to the results, or in too many ways");
   }
   if (given_modifiers != given) return invalid("an operand too many");
+  const auto has = [&](ModifierName name) { return (modifiers >> name & 1) != 0; };
+  if (!has(kGamma) && (has(kAlpha) || has(kGammaPos) || has(kClip)))
+    return invalid("gamma is missing");
+  if (has(kGamma) && has(kPosWeight)) return invalid("focal loss has no pos_weight");
+  problem->constant_power = (modifiers & kConstantPower) != 0;
 
   const size_t expected[] = {static_cast<size_t>(problem->reduce ? problem->rows() : elements),
                              static_cast<size_t>(elements)};

@@ -23,6 +23,7 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
+  if (problem.is_focal()) return invalid("the CUDA kernel has no focal loss");
   problem.total = kTotal;
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
   // The workspace may be larger than needed if the sizes were unknown when the program was

@@ -115,6 +115,10 @@ CASE = 2.0
 FOCAL = 4.0
 # The same, but p_m, a difference, is as far from exact as the rounded probability.
 ASYMMETRIC = 16.0
+# The kernel's: ulp of the result for labels 0 and 1; with others, of the largest term.
+KERNEL_FOCAL = 4.0
+KERNEL_ASYMMETRIC = 8.0
+KERNEL_SOFT = 16.0
 # XLA's log and one division, of an element that is a product of a few numbers.
 ARITHMETIC = 8.0
 # Their derivatives in a label, a focus, alpha or clip, at logits up to 25, where a power may be the
@@ -338,6 +342,40 @@ def random_logits(
 ) -> Values:
     """Normally distributed, as a model's scores are."""
     return round_to(np.random.default_rng(seed).normal(0, scale, shape), dtype)
+
+
+def exact_focal(
+    logits: Values, labels: Values, gamma_neg: float, gamma_pos: float, clip: np.floating
+) -> tuple[Values, Values, Values]:
+    """Focal and asymmetric loss, the derivative in the logit, and its largest term, in float64.
+
+    loss = b^gamma cross, cross = -y log(p) - n log(1 - v), b = y m + n v, with p = sigmoid(x),
+    m = 1 - p, n = 1 - y and v = max(p - clip, 0). `clip` is a float32 number, or 0. In extended
+    precision: v is c m (exp(d) - 1), with the distance d from the logit of the clip.
+    """
+    x, y, c = (np.asarray(v, np.longdouble) for v in (logits, labels, clip))
+    n, e = 1 - y, np.exp(-abs(x))
+    p, m = np.where(x >= 0, 1, e) / (1 + e), np.where(x >= 0, e, 1) / (1 + e)
+    log_p = -(np.log1p(e) + np.maximum(-x, 0))
+    if c == 0:
+        v, log_u, rises = p, -(np.log1p(e) + np.maximum(x, 0)), p
+    else:
+        d = x - np.log(c / (1 - c))
+        v = np.where(d > 0, np.where(d < 1, c * m * np.expm1(np.clip(d, 0, 1)), p - c), 0)
+        log_u = np.where(v < 0.5, np.log1p(-np.minimum(v, 0.5)), np.log(m + c))
+        rises = np.where(d > 0, p * m / (m + c), 0)
+    above = (v > 0) | (c == 0)
+    cross = -np.where(y == 0, 0, y * log_p) - np.where(n == 0, 0, n * log_u)
+    b, gamma = y * m + n * v, y * gamma_pos + n * gamma_neg
+    power = np.where(b == 0, gamma == 0, np.where(b == 0, 1, b) ** gamma)
+    share = p * m * (n * above - y) / np.where(b == 0, 1, b)
+    terms = [
+        power * n * rises,
+        -power * y * m,
+        power * np.where(share == 0, 0, gamma * share * cross),
+    ]
+    loss, gradient, scale = power * cross, sum(terms), np.maximum.reduce([abs(t) for t in terms])
+    return tuple(v.astype(np.float64) for v in (loss, gradient, scale))
 
 
 def random_labels(dtype: DTypeLike, shape: int | tuple[int, ...], seed: int) -> Values:

@@ -52,7 +52,7 @@ class Keywords(TypedDict, total=False):
     implementation: Implementation | None
 
 
-_RESIDUALS = "only jax_bce.loss has the option residuals"
+_RESIDUALS = "only jax_bce.loss, focal_loss and asymmetric_loss have the option residuals"
 _INSTEAD = {  # what to use in place of a keyword of `loss` that a related loss does not accept
     ("focal_loss", "pos_weight"): "alpha is the weight of the positive class",
     ("asymmetric_loss", "pos_weight"): (
@@ -60,8 +60,6 @@ _INSTEAD = {  # what to use in place of a keyword of `loss` that a related loss 
         "focal_loss, are other ways to treat the classes differently"
     ),
     ("loss_and_grad", "residuals"): _RESIDUALS,
-    ("focal_loss", "residuals"): _RESIDUALS,
-    ("asymmetric_loss", "residuals"): _RESIDUALS,
     ("loss_from_probs", "residuals"): _RESIDUALS,
 }
 

@@ -35,7 +35,8 @@ _NARROW, _MANY_ROWS = 32, 4096
 # The possible operands after the first four. The index here is the bit in the attribute "modifiers"
 # (csrc/bce_problem.h, csrc/ffi_common.h).
 DIVISOR = ("divisor", "divisor_low")
-MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *DIVISOR)
+FOCAL = ("alpha", "gamma", "gamma_pos", "clip")
+MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *FOCAL, *DIVISOR)
 
 # The number of float64 numbers that a kernel needs besides its results, given rows and columns.
 Workspace = Callable[[Any, Any], Any]
@@ -49,6 +50,7 @@ def why_no_call(
     kind: str,
     reduced_rank: int,
     count: int,
+    constant_power: bool,
 ) -> str | None:
     """Why the primitive cannot be a call, or None if it can; `refusal` is the handlers' check."""
     if _devices(context) > 1:
@@ -94,6 +96,7 @@ def ffi_call(
     kind: str,
     reduced_rank: int,
     count: int,
+    constant_power: bool,
 ) -> Any:
     """The results of the primitive, computed by the target's kernel."""
     if kind == "total":  # the kernel returns float64
@@ -101,7 +104,8 @@ def ffi_call(
     summed = _summed(kind, reduced_rank)
     avals: Sequence[Any] = context.avals_in
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
-    numbers = {"modifiers": np.int64(_bits(modifiers)), "count": np.int64(count)}
+    bits = _bits(modifiers) | constant_power << len(MODIFIERS)
+    numbers = {"modifiers": np.int64(bits), "count": np.int64(count)}
     if (devices := _devices(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
         results = _in_blocks(

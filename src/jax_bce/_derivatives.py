@@ -29,6 +29,8 @@ from jax_bce._reference import (
     element_hessian,
     element_loss,
     elements,
+    focus_of,
+    formulas,
     sum_trailing,
     times,
 )
@@ -59,9 +61,9 @@ def _tangents_of_elements(
 ) -> tuple[Array, Array]:
     """The tangents of loss and gradient for constant logits and divisor.
 
-    The loss is linear in label, positive weight and weight, and the smoothed label, y (1 - s) + s /
-    2, is linear in label and smoothing. The coefficients of tangents are 0 for dropped elements,
-    even if a divisor is NaN.
+    The cross-entropy is linear in label, positive weight and weight, and the smoothed label,
+    y (1 - s) + s / 2, is linear in label and smoothing. The coefficients of tangents are 0 for
+    dropped elements, even if a divisor is NaN.
     """
     wide = element.logits.dtype
     loss, gradient = [], []
@@ -91,6 +93,32 @@ def _tangents_of_elements(
                 value = value if factor is None else times(factor, value)
                 terms.append(coefficient(value) * tangents[name])
     return _add(loss), _add(gradient)
+
+
+def _tangent_of_focal(
+    primals: dict[str, Array],
+    constant_power: bool,
+    tangents: dict[str, Array],
+    element: Elements,
+    divided: Callable[[Array], Array],
+    of_gradient: bool,
+) -> Array:
+    """The tangent of a focal loss, or of its gradient, for a constant divisor."""
+    wide = element.logits.dtype
+    fixed = {name: value for name, value in primals.items() if name != "ignore_label"}
+    if element.keep is not None:  # which depends on the labels as they are stored
+        fixed["where"] = element.keep
+
+    def values(moving: dict[str, Array]) -> Array:
+        given = fixed | moving
+        inputs = elements(given["logits"], given["labels"], given["smoothing"], given)
+        return inputs.weighted(formulas(focus_of(given, wide, constant_power))[of_gradient](inputs))
+
+    moving = {name: primals[name].astype(wide) for name in tangents}
+    tangent: Array
+    _, tangent = jax.jvp(values, (moving,), (tangents,))
+    # What multiplies a tangent may not depend on it.
+    return element.select(divided(jnp.ones_like(element.logits))) * tangent
 
 
 def _jvp_of_total(
@@ -173,12 +201,16 @@ def _jvp(
         exists = exists & named["where"] if "where" in modifiers else exists
         given = {name: named[name] for name in modifiers}
         element = elements(logits, labels, smoothing, given | {"where": exists})
-    by_others = _tangents_of_elements(named, moving, element, divided) if moving else None
+    is_focal = "gamma" in modifiers
+    of_focal = functools.partial(_tangent_of_focal, named, common["constant_power"])
     terms = []
+    if moving and is_focal:
+        terms.append(of_focal(moving, element, divided, of_gradient=False))
+    elif moving:
+        loss_by_others, gradient_by_others = _tangents_of_elements(named, moving, element, divided)
+        terms.append(loss_by_others)
     if logits_dot is not None:
         terms.append(gradient.astype(wide) * logits_dot)
-    if by_others is not None:
-        terms.append(by_others[0])
     dots = []
     if terms:
         dots.append(sum_trailing(jnp.broadcast_to(_add(terms), shape), reduced_rank))
@@ -195,13 +227,18 @@ def _jvp(
         return [loss], [loss_dot]
 
     terms = []
-    if logits_dot is not None:
+    if is_focal and (moving or logits_dot is not None):
+        moving |= {} if logits_dot is None else {"logits": logits_dot}
+        terms.append(of_focal(moving, element, divided, of_gradient=True))
+    elif logits_dot is not None:
         hessian = element.select(divided(element.weighted(element_hessian(element))))
         terms.append(hessian * logits_dot)
-    if by_others is not None:
-        terms.append(by_others[1])
+    if moving and not is_focal:
+        terms.append(gradient_by_others)
     if changes:
-        gradients = element.select(divided(element.weighted(element_gradient(element))))
+        focus = focus_of(named, wide, common["constant_power"])
+        _, gradient_of = formulas(focus)
+        gradients = element.select(divided(element.weighted(gradient_of(element))))
         terms.append(gradients * _add(changes))
     gradient_dot = jnp.broadcast_to(_add(terms), shape).astype(gradient.dtype)
     return outputs, [loss_dot, gradient_dot]

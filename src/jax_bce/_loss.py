@@ -160,14 +160,16 @@ def loss(
         dtype=dtype,
         implementation=implementation,
     )
-    return evaluate(_loss, arguments, residuals)
+    return evaluate(loss_of, arguments, residuals)
 
 
-def _loss(call: Call, residuals: str) -> Array:
+def loss_of(call: Call, residuals: str, constant_power: bool = False) -> Array:
+    """The loss of a call, which may be a focal loss; its power may be a constant."""
+    params = {**call.params, "constant_power": constant_power}
     if residuals == "recompute":
-        result = recompute(call.operands, tuple(call.params.items()))
+        result = recompute(call.operands, tuple(params.items()))
     else:
-        (result,) = bce(*call.operands, kind="loss", **call.params)
+        (result,) = bce(*call.operands, kind="loss", **params)
     return call.result(result)
 
 

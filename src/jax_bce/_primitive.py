@@ -6,15 +6,16 @@
     total    = factor * (weights of the elements that are not dropped, summed likewise)
 
 The operands are logits, labels, scale, smoothing (of the labels), and those of `_call.MODIFIERS`
-that the parameter `modifiers` names. They all have the same rank and are broadcast against each
-other. scale, smoothing and the divisor have the arithmetic's dtype, float32 (float64 for float64
-logits); ignore_label has the labels' dtype; where is bool. scale and divisor have size 1 in the
-summed dimensions; if one is 0, the results are 0. A summed loss has the arithmetic's dtype, too;
-an element's loss and gradient may be rounded to a 16-bit dtype. A vmapped axis is one more leading
-dimension. `transposed` says that the summed dimensions were moved last for this call, and only
-matters for the choice of a kernel. The four kinds differ in their results: "loss", "loss_and_grad",
-"grad", and "total", which is the divisor of another call: a number of the arithmetic's dtype, and
-its rounding error.
+that the parameter `modifiers` names. With a gamma among them, the loss is focal or asymmetric, and
+`constant_power` leaves the derivative of its power out of the gradient. The operands all have the
+same rank and are broadcast against each other. scale, smoothing and the divisor have the
+arithmetic's dtype, float32 (float64 for float64 logits); ignore_label has the labels' dtype; where
+is bool. scale and divisor have size 1 in the summed dimensions; if one is 0, the results are 0. A
+summed loss has the arithmetic's dtype, too; an element's loss and gradient may be rounded to a
+16-bit dtype. A vmapped axis is one more leading dimension. `transposed` says that the summed
+dimensions were moved last for this call, and only matters for the choice of a kernel. The four
+kinds differ in their results: "loss", "loss_and_grad", "grad", and "total", which is the divisor of
+another call: a number of the arithmetic's dtype, and its rounding error.
 
 On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v1_<kind>`. If that is not available,
 and on all other platforms, XLA compiles `_reference.py`.
@@ -54,6 +55,7 @@ def bce(
     loss_dtype: np.dtype,
     gradient_dtype: np.dtype | None = None,
     transposed: bool = False,
+    constant_power: bool = False,
 ) -> list[Array]:
     """Binds the primitive; the gradient has the logits' dtype unless another is given."""
     return bce_p.bind(  # type: ignore[no-any-return]
@@ -70,6 +72,7 @@ def bce(
         loss_dtype=loss_dtype,
         gradient_dtype=np.dtype(gradient_dtype or logits.dtype),
         transposed=transposed,
+        constant_power=constant_power,
     )
 
 
@@ -84,6 +87,7 @@ def bce(
         "loss_dtype",
         "gradient_dtype",
         "transposed",
+        "constant_power",
     ),
 )
 def _compiled(*operands: Array, **params: Any) -> list[Array]:
@@ -217,9 +221,12 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         **params: Any,
     ) -> Any:
         avals: Sequence[Any] = context.avals_in
-        call = {name: params[name] for name in ("modifiers", "kind", "reduced_rank", "count")}
+        names = ("modifiers", "kind", "reduced_rank", "count", "constant_power")
+        call = {name: params[name] for name in names}
         where: str | None = platform or "another platform"
-        if platform is not None and implementation in (None, platform):
+        if platform == "cuda" and "gamma" in params["modifiers"]:
+            where = "a focal loss on a GPU"
+        elif platform is not None and implementation in (None, platform):
             where = why_no_call(context, _kernels.refusal, **call)
         if where and implementation not in (None, "xla"):
             raise RuntimeError(

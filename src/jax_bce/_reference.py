@@ -12,7 +12,7 @@ product is set to 0. `csrc/bce_math.h` evaluates the same lines and also tracks 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -249,38 +249,68 @@ def _mixture_jvp(primals: _Four, tangents: _Four) -> tuple[_Four, _Four]:
     )
 
 
-def focal_loss(element: Elements, alpha: Array | None, gamma: Array) -> Array:
-    """alpha_t (1 - p_t)^gamma times the loss, where p_t is the probability of the label."""
-    x, y, n = element.logits, element.labels, element.complements
-    logarithm, *_ = _mixture(_bounded(x), y, n, jnp.zeros_like(gamma))
-    weight = jnp.exp(gamma * logarithm)
-    if alpha is not None:
-        weight *= alpha * y + (1 - alpha) * n
-    return times(weight, element_loss(element))
+class Focus(NamedTuple):
+    """The numbers of a focal or asymmetric loss, in the arithmetic's dtype.
+
+    If the power is a constant, it has no derivative.
+    """
+
+    gamma: Array  # of label 0; and of label 1, unless there is gamma_pos
+    gamma_pos: Array | None
+    clip: Array | None
+    alpha: Array | None
+    constant_power: bool
 
 
-def asymmetric_loss(
-    element: Elements, gamma_neg: Array, gamma_pos: Array, clip: Array, stop_gradient_weight: bool
-) -> Array:
-    """(1 - p_t)^gamma (-y log(p) - (1 - y) log(1 - p_m)), p = sigmoid(x), p_m = max(p - clip, 0).
+def focus_of(modifiers: Mapping[str, Array], dtype: np.dtype, constant_power: bool) -> Focus | None:
+    """The numbers among a call's modifiers, or None if its loss is the cross-entropy."""
+    given = {n: modifiers[n].astype(dtype) for n in Focus._fields if n in modifiers}
+    if "gamma" not in given:
+        return None
+    gamma_pos, clip, alpha = (given.get(name) for name in ("gamma_pos", "clip", "alpha"))
+    return Focus(given["gamma"], gamma_pos, clip, alpha, constant_power)
 
-    Here 1 - p_t = y (1 - p) + (1 - y) p_m and gamma = y gamma_pos + (1 - y) gamma_neg. Logarithms
-    of numbers that may be close to 0 are computed from the logit: log(p) = -softplus(-x), and, for
-    p_m near 1, log(1 - p_m) = log(sigmoid(-x) + clip).
+
+def focal_loss(element: Elements, focus: Focus) -> Array:
+    """The cross-entropy times b^gamma and, with an alpha, times the weight of the label's class.
+
+    Here b = y (1 - p) + (1 - y) p_m with p = sigmoid(x) and p_m = max(p - clip, 0), the
+    cross-entropy is -y log(p) - (1 - y) log(1 - p_m), and gamma = y gamma_pos + (1 - y) gamma.
+    Logarithms of numbers that may be close to 0 are computed from the logit: log(p) =
+    -softplus(-x), and, for p_m near 1, log(1 - p_m) = log(sigmoid(-x) + clip).
     """
     x, y, n = element.logits, element.labels, element.complements
-    _, shifted = _above(x, clip)
-    floored, *_ = _mixture(_bounded(x), 1 + clip, clip, jnp.zeros_like(clip))
-    near = shifted < 0.5
-    unlikely = jnp.where(near, -jnp.log1p(-jnp.where(near, shifted, 0)), -floored)
-    unlikely = jnp.where(clip == 0, softplus(x), unlikely)
-    cross_entropy = times(y, softplus(-x)) + times(n, unlikely)
+    gamma, gamma_pos, clip, alpha, constant_power = focus
+    if clip is None:
+        clip = jnp.zeros_like(gamma)
+        cross_entropy = element_loss(element)
+    else:
+        _, shifted = _above(x, clip)
+        floored, *_ = _mixture(_bounded(x), 1 + clip, clip, jnp.zeros_like(clip))
+        near = shifted < 0.5
+        unlikely = jnp.where(near, -jnp.log1p(-jnp.where(near, shifted, 0)), -floored)
+        unlikely = jnp.where(clip == 0, softplus(x), unlikely)
+        cross_entropy = times(y, softplus(-x)) + times(n, unlikely)
 
     logarithm, *_ = _mixture(_bounded(x), y, n, clip)
-    weight = jnp.exp((y * gamma_pos + n * gamma_neg) * logarithm)
-    if stop_gradient_weight:
+    exponent = gamma if gamma_pos is None else y * gamma_pos + n * gamma
+    weight = jnp.exp(exponent * logarithm)
+    if constant_power:
         weight = jax.lax.stop_gradient(weight)
+    if alpha is not None:
+        weight *= alpha * y + (1 - alpha) * n
     return times(weight, cross_entropy)
+
+
+def focal_gradient(element: Elements, focus: Focus) -> Array:
+    """The derivative of each element's focal loss with respect to its logit."""
+
+    def loss_at(x: Array) -> Array:
+        return focal_loss(element._replace(logits=x), focus)
+
+    gradient: Array
+    _, gradient = jax.jvp(loss_at, (element.logits,), (jnp.ones_like(element.logits),))
+    return gradient
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -428,6 +458,17 @@ def in_two_parts(number: Array, dtype: np.dtype) -> list[Array]:
     return [high, low]
 
 
+def formulas(
+    focus: Focus | None,
+) -> tuple[Callable[[Elements], Array], Callable[[Elements], Array]]:
+    """The loss of each element and its derivative, without weights."""
+    if focus is None:
+        return element_loss, element_gradient
+    return functools.partial(focal_loss, focus=focus), functools.partial(
+        focal_gradient, focus=focus
+    )
+
+
 def reference(
     logits: Array,
     labels: Array,
@@ -438,6 +479,7 @@ def reference(
     kind: str,
     reduced_rank: int,
     count: int,
+    constant_power: bool,
     loss_dtype: np.dtype,
     gradient_dtype: np.dtype,
 ) -> list[Array]:
@@ -448,14 +490,16 @@ def reference(
     element = elements(logits, labels, smoothing, given)
     if kind == "total":
         return sum_of_weights(element, shape, reduced_rank, count)
+    focus = focus_of(given, element.logits.dtype, constant_power)
+    loss_of, gradient_of = formulas(focus)
     divisor = given.get("divisor")
     results = []
     if kind != "grad":
-        loss = jnp.broadcast_to(element.weighted(element_loss(element)), shape)
+        loss = jnp.broadcast_to(element.weighted(loss_of(element)), shape)
         loss = divide(sum_trailing(loss, reduced_rank), scale, count, divisor, reduced_rank)
         results.append(loss.astype(loss_dtype))
     if kind != "loss":
-        gradient = divide(element.weighted(element_gradient(element)), scale, count, divisor)
+        gradient = divide(element.weighted(gradient_of(element)), scale, count, divisor)
         gradient = element.select(gradient)
         results.append(jnp.broadcast_to(gradient, shape).astype(gradient_dtype))
     return results

@@ -1,6 +1,8 @@
-"""Losses related to the cross-entropy: the formulas of `_reference.py`, compiled by XLA.
+"""Losses related to the cross-entropy.
 
-Weights, masks, reductions, denominators and types use the code of `loss`.
+Focal and asymmetric losses are calls of the same primitive as `loss`, with a gamma. The others are
+formulas of `_reference.py`, compiled by XLA. Weights, masks, reductions, denominators and types use
+the code of `loss`.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
@@ -15,13 +17,14 @@ from jax_bce import _reference
 from jax_bce._arguments import (
     Implementation,
     Keywords,
+    Residuals,
     checked,
     one_of,
     only_known,
     shows_keywords,
 )
 from jax_bce._evaluate import Call, evaluate
-from jax_bce._loss import loss
+from jax_bce._loss import loss, loss_of
 from jax_bce._operands import known, ranged
 from jax_bce._primitive import bce
 
@@ -49,6 +52,7 @@ def focal_loss(
     *,
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
+    residuals: Residuals = "gradient",
     **keywords: Unpack[Keywords],
 ) -> Array:
     r"""Focal loss: cross-entropy that gives well-classified elements less weight.
@@ -66,8 +70,9 @@ def focal_loss(
         one per class (trailing-aligned). If None, neither class is weighted.
       gamma: the exponent, at least 0: a number, or one per class. If it is the number 0 and alpha
         is None, the result is that of `loss`, bit for bit.
-      **keywords: the keywords of `loss` except pos_weight and residuals. XLA compiles this loss:
-        implementation must be None or "xla", unless the result is that of `loss`.
+      residuals: as for `loss`.
+      **keywords: the keywords of `loss` except pos_weight. On a CPU, a kernel computes loss and
+        gradient in one pass; elsewhere, XLA compiles this loss.
 
     Returns:
       The loss, with the shape and dtype that `loss` returns. The denominator of "weighted_mean"
@@ -83,6 +88,7 @@ def focal_loss(
 
     Source:
       Lin et al., Focal Loss for Dense Object Detection, 2017, https://arxiv.org/abs/1708.02002.
+      The derivation is in ``csrc/bce_focal.h``.
 
     Example:
       >>> import jax.numpy as jnp, jax_bce
@@ -91,17 +97,10 @@ def focal_loss(
     """
     only_known("focal_loss", keywords)
     if alpha is None and _is_zero("gamma", gamma):
-        return loss(logits, labels, **keywords)
-    _only_xla("focal_loss", keywords)
+        return loss(logits, labels, residuals=residuals, **keywords)
+    one_of("residuals", residuals, get_args(Residuals))
     numbers = {"gamma": gamma} if alpha is None else {"alpha": alpha, "gamma": gamma}
-    return evaluate(_focal_loss, checked(logits, labels, numbers=numbers, **keywords))
-
-
-def _focal_loss(call: Call) -> Array:
-    element = call.elements()
-    alpha = call.number("alpha") if "alpha" in call.numbers else None
-    values = _reference.focal_loss(element, alpha, call.number("gamma"))
-    return call.total(element.weighted(values))
+    return evaluate(loss_of, checked(logits, labels, numbers=numbers, **keywords), residuals)
 
 
 @shows_keywords
@@ -113,6 +112,7 @@ def asymmetric_loss(
     gamma_pos: ArrayLike = 1.0,
     clip: ArrayLike = 0.05,
     stop_gradient_weight: bool = False,
+    residuals: Residuals = "gradient",
     **keywords: Unpack[Keywords],
 ) -> Array:
     r"""Asymmetric loss: focal loss with an exponent for each class, without easy negatives.
@@ -132,8 +132,9 @@ def asymmetric_loss(
       clip: the probability, in [0, 1), below which a negative has no loss: a number, or one per
         class. If all three are the number 0, the result is that of `loss`, bit for bit.
       stop_gradient_weight: If True, the power is a constant under differentiation.
-      **keywords: the keywords of `loss` except pos_weight and residuals. XLA compiles this loss:
-        implementation must be None or "xla", unless the result is that of `loss`.
+      residuals: as for `loss`.
+      **keywords: the keywords of `loss` except pos_weight. On a CPU, a kernel computes loss and
+        gradient in one pass; elsewhere, XLA compiles this loss.
 
     Returns:
       The loss, with the shape and dtype that `loss` returns.
@@ -148,7 +149,7 @@ def asymmetric_loss(
 
     Source:
       Ridnik et al., Asymmetric Loss For Multi-Label Classification, 2020,
-      https://arxiv.org/abs/2009.14119.
+      https://arxiv.org/abs/2009.14119. The derivation is in ``csrc/bce_focal.h``.
 
     Example:
       >>> import jax.numpy as jnp, jax_bce
@@ -162,24 +163,15 @@ def asymmetric_loss(
             "stop_gradient_weight must be True or False (it is static under jit), got "
             f"{type(stop_gradient_weight).__name__}."
         )
+    one_of("residuals", residuals, get_args(Residuals))
     numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
     if all(_is_zero(name, value) for name, value in numbers.items()):
-        return loss(logits, labels, **keywords)
-    _only_xla("asymmetric_loss", keywords)
+        return loss(logits, labels, residuals=residuals, **keywords)
+    if _is_zero("clip", clip):
+        del numbers["clip"]
     arguments = checked(logits, labels, numbers=numbers, **keywords)
-    return evaluate(_asymmetric_loss, arguments, stop_gradient_weight)
-
-
-def _asymmetric_loss(call: Call, stop_gradient_weight: bool) -> Array:
-    element = call.elements()
-    values = _reference.asymmetric_loss(
-        element,
-        call.number("gamma_neg"),
-        call.number("gamma_pos"),
-        call.number("clip"),
-        stop_gradient_weight,
-    )
-    return call.total(element.weighted(values))
+    arguments.arrays["gamma"] = arguments.arrays.pop("gamma_neg")
+    return evaluate(loss_of, arguments, residuals, stop_gradient_weight)
 
 
 @shows_keywords
