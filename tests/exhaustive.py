@@ -3,6 +3,7 @@
     python tests/exhaustive.py              # `make exhaustive`
     python tests/exhaustive.py --stride 4096 --implementation xla
     python tests/exhaustive.py --implementation cuda    # on a GPU; the others on the CPU
+    python tests/exhaustive.py --loss focal --stride 61 # float32 logits; or asymmetric
 
 Prints, as a table for docs/accuracy.md, the largest error in ulp, where it occurs, and the share of
 results that are the exact value rounded once. Fails if one of them is outside the contract.
@@ -33,6 +34,7 @@ import jax_bce
 CHUNK = 2**20
 MAGNITUDES = 2**31  # with the sign bit clear: infinity and the NaNs are among them
 SOFT_LABELS = (0.1, 0.9)
+FOCAL = {"focal": (2, 2, 0.0), "asymmetric": (4, 1, 0.05)}  # gamma_neg, gamma_pos, clip
 
 
 @dataclass
@@ -115,15 +117,48 @@ def check_magnitudes(
     return found
 
 
-def float32_rows(stride: int, implementation: str | None, console: Console) -> dict[str, Worst]:
+@functools.cache
+def _focal_kernel(gamma_neg: float, gamma_pos: float, clip: float):
+    jax.config.update("jax_platforms", "cpu")
+    numbers = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
+
+    def results(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of = functools.partial(jax_bce.asymmetric_loss, labels=y, reduction="none", **numbers)
+        loss, pullback = jax.vjp(of, x)
+        return loss, pullback(jax.numpy.ones_like(loss))[0]
+
+    return jax.jit(results)
+
+
+def check_focal(first: int, size: int, stride: int, loss: str) -> dict[str, Worst]:
+    """Of magnitudes, as above, with both signs and labels."""
+    last = min(first + size * stride, MAGNITUDES)
+    magnitude = np.arange(first, last, stride, dtype=np.uint32).view(np.float32)
+    magnitude = magnitude[np.isfinite(magnitude)]
+    found = {"loss": Worst(), "gradient": Worst()}
+    for sign, label in ((1, 0.0), (-1, 0.0), (1, 1.0), (-1, 1.0)):
+        logits, labels = sign * magnitude, np.full_like(magnitude, label)
+        numbers = FOCAL[loss]
+        exact = oracle.exact_focal(logits, labels, *numbers[:2], np.float32(numbers[2]))
+        results = map(np.asarray, _focal_kernel(*numbers)(logits, labels))
+        for name, actual, expected in zip(found, results, exact, strict=False):
+            worst = measure(actual, expected, logits, label, expected)
+            found[name] = found[name].merge(worst)
+    return found
+
+
+def float32_rows(
+    stride: int, implementation: str | None, console: Console, loss: str = "loss"
+) -> dict[str, Worst]:
     size = min(CHUNK, MAGNITUDES // stride)
     starts = range(0, MAGNITUDES, size * stride)
+    check, last = (check_focal, loss) if loss in FOCAL else (check_magnitudes, implementation)
     found = {"loss": Worst(), "gradient": Worst()}
     workers = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(check_magnitudes, s, size, stride, implementation) for s in starts]
-        for job in track(jobs, "float32, every logit", console=console):
+        jobs = [pool.submit(check, s, size, stride, last) for s in starts]
+        for job in track(jobs, f"float32 logits, {loss}", console=console):
             found = {name: found[name].merge(worst) for name, worst in job.result().items()}
     return found
 
@@ -145,8 +180,12 @@ def rows_16_bit(dtype: np.dtype, labels: tuple[float, ...], implementation: str 
 
 
 def rows(
-    stride: int, implementation: str | None, console: Console
+    stride: int, implementation: str | None, console: Console, loss: str
 ) -> Iterator[tuple[str, str, str, Worst]]:
+    if loss in FOCAL:
+        for quantity, worst in float32_rows(stride, None, console, loss).items():
+            yield "float32", "hard", quantity, worst
+        return
     contract_rows = [("float32", "hard", float32_rows(stride, implementation, console))]
     for dtype in (oracle.BFLOAT16, oracle.FLOAT16):
         contract_rows.append((dtype.name, "hard", rows_16_bit(dtype, (0.0, 1.0), implementation)))
@@ -160,6 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stride", type=int, default=1, help="between float32 bit patterns")
     parser.add_argument("--implementation", choices=("cpu", "cuda", "xla"))
+    parser.add_argument("--loss", choices=("loss", *FOCAL), default="loss")
     arguments = parser.parse_args()
     tolerance = oracle.TOLERANCE[arguments.implementation or "cpu"]
     console = Console(stderr=True)
@@ -177,8 +217,11 @@ def main() -> int:
     ):
         table.add_column(column, no_wrap=True)
     failed = False
-    for dtype, kind, quantity, worst in rows(arguments.stride, arguments.implementation, console):
+    every = rows(arguments.stride, arguments.implementation, console, arguments.loss)
+    for dtype, kind, quantity, worst in every:
         allowed = getattr(tolerance.elements[dtype, kind], quantity)
+        if arguments.loss in FOCAL:
+            allowed = getattr(oracle, f"KERNEL_{arguments.loss.upper()}")
         failed |= not worst.ulp <= allowed
         table.add_row(
             dtype,

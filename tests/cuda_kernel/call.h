@@ -188,7 +188,7 @@ struct Call {
     }
     for (const Array* operand : {&logits, &labels, &scale, &smoothing, &divisor, &lost})
       operand->upload();
-    for (int name = 0; name < kModifiers; ++name) {
+    for (int name = 0; name < kModifiersOfAll; ++name) {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
       modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
@@ -229,7 +229,7 @@ struct Call {
     problem.loss = {c.loss ? (loss.*data)() : nullptr, loss_type};
     problem.gradient = {c.gradient ? (gradient.*data)() : nullptr, gradient_type};
     problem.modified = c.modifiers != 0;
-    for (int name = 0; name < kModifiers; ++name) {
+    for (int name = 0; name < kModifiersOfAll; ++name) {
       if (!(c.modifiers >> name & 1)) continue;
       Modifier& modifier = problem.modifiers[name];
       modifier.data = (modifiers[name].*data)();

@@ -282,7 +282,7 @@ int main(int count, char** arguments) {
       for (bool reduce : {false, true})
         run({logits, Type::kU8, 3, n, 0, reduce, true, true, false, false, false, n == 37, true});
   // Every set of modifiers, of every form, over long, short and single rows.
-  for (int modifiers = 1; modifiers < 1 << kModifiers; ++modifiers)
+  for (int modifiers = 1; modifiers < 1 << kModifiersOfAll; ++modifiers)
     for (int form = 0; form < 12; form += effort > 0 ? 1 : effort == 0 ? 5 : 11)
       for (int64_t n : {1 + cases % 70, 1024 + 7 * (cases % 9)}) {
         constexpr Type kLogits[] = {Type::kF32, Type::kBF16, Type::kF64, Type::kF16};
@@ -299,7 +299,7 @@ int main(int count, char** arguments) {
           run({logits, Type::kU8, n > 100 ? 3 : 40, n, static_cast<int>(cases % 2), reduce, true,
                true, false, cases % 3 == 0, false, cases % 5 == 0, false, 0, 0, divisors});
   for (Type arithmetic : {Type::kF32, Type::kF64})
-    for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers)
+    for (int modifiers = 0; modifiers < 1 << kModifiersOfAll; ++modifiers)
       for (int64_t n : {1 + cases % 70, 1024 + 7 * (cases % 9)})
         run({arithmetic, kTypes[cases % 10], n > 100 ? 3 : 23, n, static_cast<int>(cases % 4), true,
              true, false, cases % 11 == 0, false, true, false, false, modifiers,
