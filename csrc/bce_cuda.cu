@@ -14,13 +14,11 @@ namespace jax_bce {
 namespace {
 
 // Thread blocks per multiprocessor: as many as still keep all variables in registers.
-template <class Logit, bool kModified>
-constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2
-                              : kModified        ? 4
-                                                 : 5;
+template <class Logit>
+constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2 : 4;
 
 template <class Logit, class Label, bool kModified>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
     evaluate(const __grid_constant__ Plan plan) {
   using Elements = Loop<Logit, Label, kModified>;
   using Scalar = typename Elements::Scalar;
@@ -101,8 +99,8 @@ cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   const bool tiles = plan.tile_rows > 0;
   const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
   const cudaError_t error =
-      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
-             kThreads, tiles ? kTileBytes<Scalar> : 0, stream, plan);
+      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit>), kThreads,
+             tiles ? kTileBytes<Scalar> : 0, stream, plan);
   if (error != cudaSuccess || !plan.reduce || tiles) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
@@ -175,6 +173,8 @@ Factors factors_of(const Problem& problem, const Operand& operand) {
 Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   Plan plan = {};
   const int64_t rows = problem.rows(), columns = problem.columns();
+  const bool in_tiles = problem.reduce && columns <= kGroup;
+  const bool in_rows = problem.reduce && !in_tiles;
   int64_t shape[kMaxRank];
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
   for (int name = 0; name < kModifiers; ++name) {
@@ -193,14 +193,13 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   plan.divisor = input(problem.divisor), plan.divisor_low = input(problem.divisor_low);
   plan.loss = problem.loss, plan.gradient = problem.gradient;
   plan.reduce = problem.reduce, plan.total = problem.total;
+  plan.losses = in_tiles ? Losses::kTile : in_rows ? Losses::kSum : Losses::kStore;
   plan.inverse_count = problem.inverse_count;
   plan.sums = sums;
 
   Factors factors = Factors::kOne;
   for (const Operand* operand : {&problem.scale, &problem.divisor, &problem.divisor_low})
     if (const Factors own = factors_of(problem, *operand); own > factors) factors = own;
-  const bool in_tiles = problem.reduce && columns <= kGroup;
-  const bool in_rows = problem.reduce && !in_tiles;
   if (factors == Factors::kOneForRow && !in_rows) factors = Factors::kAny;
   plan.factors = factors;
   plan.rows = problem.reduce ? rows : 1;
@@ -216,8 +215,27 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
     plan.groups_in_row = (plan.columns + kGroup - 1) / kGroup;
     plan.count = static_cast<int>(plan.rows * plan.groups_in_row);
   }
+  plan.dense = plan.logits.form == Form::kEach &&
+               (plan.labels.form == Form::kEach || plan.labels.form == Form::kOne);
+  const auto aligned = [](const void* data, Type type) {
+    return !data || is_aligned(data, kQuad * width_of(type));
+  };
+  // Groups begin with rows.
+  plan.aligned = (in_tiles        ? plan.tile_rows * columns
+                  : plan.rows > 1 ? columns
+                                  : 0) %
+                         kQuad ==
+                     0 &&
+                 aligned(plan.logits.data, plan.logits.type) &&
+                 (plan.labels.form == Form::kOne || aligned(plan.labels.data, plan.labels.type)) &&
+                 aligned(plan.gradient.data, plan.gradient.type) &&
+                 (plan.reduce || aligned(plan.loss.data, plan.loss.type));
+  const auto fits = [&](const Result& result) {
+    return !result.data || result.type == problem.logits.type;
+  };
+  plan.direct = plan.aligned && fits(plan.gradient) && (plan.reduce || fits(plan.loss));
   *modified = problem.modified || problem.total || factors == Factors::kAny ||
-              plan.smoothing.form != Form::kOne || !plan.is_dense();
+              plan.smoothing.form != Form::kOne || !plan.dense;
   return plan;
 }
 

@@ -21,7 +21,7 @@ constexpr int kWarp = kFold, kWarps = 4, kThreads = kWarp * kWarps;
 // Where an operand's number for an element of the results is: there is only one; each has its own;
 // all elements of a column, or of a row, share it (of the matrix with Plan::inner columns); or only
 // the strides tell.
-enum class Form : uint8_t { kOne, kEach, kByColumn, kByRow, kOther };
+enum class Form : int { kOne, kEach, kByColumn, kByRow, kOther };
 
 struct Input : Modifier {
   Form form = Form::kOne;
@@ -43,11 +43,15 @@ struct Input : Modifier {
 // What has the same factor.
 enum class Factors : uint8_t { kOne, kOneForRow, kAny };
 
+// What happens to the losses: they are added up, left in the tile, or stored.
+enum class Losses { kSum, kTile, kStore };
+
 // A Problem as the kernels need it.
 struct Plan {
   Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiers];
   Result loss, gradient;
   bool reduce, total;
+  Losses losses;
   Factors factors;
   double inverse_count;
   int64_t rows, columns, groups_in_row;
@@ -56,11 +60,10 @@ struct Plan {
   double* sums;   // of groups
   // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
   uint32_t inner, magic, shift;
-
-  // Whether logits and labels are in memory as in the results, or there is one label.
-  BCE_INLINE bool is_dense() const {
-    return logits.form == Form::kEach && (labels.form == Form::kEach || labels.form == Form::kOne);
-  }
+  // Whether logits and labels are in memory as in the results, or there is one label; whether also
+  // all quads are aligned, so that each takes one transfer; and whether the results have the
+  // logits' type, too.
+  bool dense, aligned, direct;
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
@@ -89,63 +92,42 @@ class Loop {
       : plan_(plan),
         smoothing_(plan.smoothing.form == Form::kOne
                        ? *static_cast<const Scalar*>(plan.smoothing.data)
-                       : Scalar(0)) {}
+                       : Scalar(0)),
+        smoothed_{coefficient_of<L>(Scalar(-1), Scalar(0), smoothing_),
+                  coefficient_of<L>(Scalar(1), Scalar(0), smoothing_)},
+        soft_(smoothing_ != 0) {}
 
   __device__ void set_factor(const Factor<Scalar>& factor) {
     zero_ = factor.is_zero();
     rest_ = factor.rest;
     power_ = static_cast<Scalar>(factor.power);
+    divisor_ = L::reciprocal(rest_);
     usual_ = is_usual();
   }
 
   // Evaluates the warp's elements from `begin` on. Of a reduced problem, returns the thread's sum,
   // or puts the losses into the tile from `place` on.
   __device__ double evaluate(int64_t begin, int size, int place) {
-    const int octet = threadIdx.x % kWarp / 8, first = octet * 256 + threadIdx.x % 8 * kQuad;
-    const int behind = octet * 256 + 256;
-    left_ = (size < behind ? size : behind) - first;
-    element_ = begin + first;
-    place_ = place + first;
+    // Eight threads take 256 elements, an octet. Only the last one may have fewer.
+    const int octet = threadIdx.x % kWarp / 8, within = threadIdx.x % 8 * kQuad;
+    const int octets = (size + 255) / 256, last = size - (octets - 1) * 256;
+    there_ = octet < octets;
+    left_ = (octet < octets - 1 ? 256 : there_ ? last : 0) - within;
+    element_ = begin + octet * 256 + within;
+    place_ = place + octet * 256 + within;
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) high_[c] = 0, low_[c] = 0;
-    const int turns = ((size < 256 ? size : 256) + kStep - 1) / kStep;
     if (plan_.factors != Factors::kAny && zero_) {
-      clear(turns);
+      clear();
       return 0;
     }
-    const int label_bytes = width_of(plan_.labels.type);
-    aligned_ = is_aligned(logits() + element_) &&
-               (plan_.labels.form != Form::kEach ||
-                is_aligned(static_cast<const char*>(plan_.labels.data) + element_ * label_bytes,
-                           kQuad * label_bytes));
-    fetches_ = !kModified || plan_.is_dense();
-    if constexpr (kModified) {
-      if (plan_.inner) {
-        row_ = begin / plan_.inner;
-        column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) + first;
-      }
+    prepare(begin);
+    const int end = octets > 1 ? 256 : last, whole = last / kStep * kStep;
+    for (int at = 0; at < end; at += kStep) {
+      if (at < whole) at += common_turns(whole - at, octet);
+      if (at < end) any_turn();
     }
-    if (plan_.labels.form == Form::kOne) {
-      BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        labels_[q] = {};
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
-      }
-    }
-    if (fetches_ && is_full()) fetch(element_);
-#pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-      if (fetches_ && !is_full()) gather();
-      if constexpr (kModified)
-        modified_turn();
-      else
-        plain_turn();
-      left_ -= kStep;
-      element_ += kStep;
-      place_ += kStep;
-      if constexpr (kModified) column_ += kStep;
-    }
+    if (!there_) return 0;
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
     return (high_[0] + high_[2]) + (high_[1] + high_[3]);
@@ -153,9 +135,11 @@ class Loop {
 
  private:
   using L = Lane<Scalar>;
-  static constexpr bool kNarrow = sizeof(Logit) == 2, kAny = std::is_same_v<Label, Any>;
+  static constexpr bool kAny = std::is_same_v<Label, Any>;
+  // 16-bit logits without modifiers: of four, labels turn two words, and the formulas are shorter.
+  static constexpr bool kNarrow = sizeof(Logit) == 2 && !kModified;
   // Quads evaluated together while as many more are loaded.
-  static constexpr int kQuads = sizeof(Logit) == 8 || kModified             ? 1
+  static constexpr int kQuads = sizeof(Logit) == 8                          ? 1
                                 : kNarrow && std::is_same_v<Label, uint8_t> ? 4
                                                                             : 2;
   static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
@@ -167,8 +151,16 @@ class Loop {
   __device__ bool with_gradient() const { return plan_.gradient.data; }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
+  __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
 
-  // Whether the fast way multiplies by the factor and rounds as it should. A gradient of 16-bit
+  __device__ void advance(int elements) {
+    left_ -= elements;
+    element_ += elements;
+    place_ += elements;
+    if constexpr (kModified) column_ += elements;
+  }
+
+  // Whether common turns multiply by the factor and round as they should. A gradient of 16-bit
   // logits may be float32, to be scaled before it is rounded.
   __device__ bool is_usual() const {
     const auto fits = [](const Result& result) {
@@ -176,51 +168,61 @@ class Loop {
     };
     bool usual = power_ == 1 && (plan_.reduce || fits(plan_.loss));
     if constexpr (kNarrow) {
-      const Scalar divisor = L::magnitude(L::reciprocal(rest_));
-      return usual && divisor > 0x1p-60f && divisor < 0x1p60f &&
-             (fits(plan_.gradient) || plan_.gradient.type == Type::kF32);
+      const Scalar divisor = L::magnitude(divisor_);
+      usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
     }
-    return usual && fits(plan_.gradient);
+    return usual &&
+           (fits(plan_.gradient) || (sizeof(Logit) == 2 && plan_.gradient.type == Type::kF32));
   }
 
-  __device__ void clear(int turns) {
+  __device__ void clear() {
     const Scalar zeros[kQuad] = {};
 #pragma unroll 1
-    for (int quad = 0; quad < turns * kQuads && left_ > 0; ++quad) {
+    for (; left_ > 0; advance(32)) {
       if (with_loss() && !plan_.reduce) store(plan_.loss, element_, left_, zeros);
       if (with_gradient()) store(plan_.gradient, element_, left_, zeros);
-      left_ -= 32;
-      element_ += 32;
     }
   }
 
-  // Loads `count` quads from the element `at` on, the first into number q.
-  __device__ void fetch(int64_t at, int q = 0, int count = kQuads) {
-    // One branch for all, so that a turn does not issue the loads of the other kind.
-    if (aligned_)
-      fetch_as<true>(at, q, count);
-    else
-      fetch_as<false>(at, q, count);
-  }
-  template <bool kAligned>
-  __device__ void fetch_as(int64_t at, int q, int count) {
-    BCE_UNROLL
-    for (int i = 0; i < count; ++i)
-      logits_[q + i] = Quad<Logit>::load(logits() + at + 32 * i, kAligned);
-    if (plan_.labels.form != Form::kEach) return;
-    BCE_UNROLL
-    for (int i = 0; i < count; ++i) {
-      if constexpr (kAny)
-        labels_[q + i].load(plan_.labels.type, plan_.labels.data, at + 32 * i, kAligned);
-      else
-        labels_[q + i] =
-            Quad<Label>::load(static_cast<const Label*>(plan_.labels.data) + at + 32 * i, kAligned);
+  // What all turns of the elements from `begin` on share.
+  __device__ void prepare(int64_t begin) {
+    if constexpr (kModified) {
+      if (plan_.inner) {
+        row_ = begin / plan_.inner;
+        column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) +
+                  static_cast<uint32_t>(element_ - begin);
+      }
+    }
+    if (plan_.labels.form == Form::kOne) {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        labels_[q] = {};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
+      }
     }
   }
-  // Whether the next turn is fetched while this one is evaluated.
-  __device__ bool has_next() const { return fetches_ && left_ >= kStep + kLast; }
-  __device__ void fetch_next() {
-    if (has_next()) fetch(element_ + kStep);
+
+  __device__ void point() {
+    logits_from_ = in_register(logits() + element_);
+    if constexpr (!kAny)
+      labels_from_ = in_register(static_cast<const Label*>(plan_.labels.data) + element_);
+    gradient_to_ = in_register(static_cast<Logit*>(plan_.gradient.data) + element_);
+  }
+
+  // Loads a turn, in the distance `at` from the thread's element.
+  __device__ void fetch(int at, bool aligned) {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q)
+      logits_[q] = Quad<Logit>::load(logits_from_ + at + 32 * q, aligned);
+    if (plan_.labels.form != Form::kEach) return;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      if constexpr (kAny)
+        labels_[q].load(plan_.labels.type, plan_.labels.data, element_ + at + 32 * q, aligned);
+      else
+        labels_[q] = Quad<Label>::load(labels_from_ + at + 32 * q, aligned);
+    }
   }
   __device__ void set_label(int q, int c, int64_t at) {
     if constexpr (kAny)
@@ -257,192 +259,300 @@ class Loop {
 
   __device__ static bool is_common(Scalar x) { return L::magnitude(x) <= Format<Scalar>::kCommon; }
 
-  // Adds up the losses of a quad, or puts them into the tile.
-  __device__ void keep(int q, const Pair<Scalar>* losses) {
-    if (plan_.tile_rows) {
-      constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
-      uint4 vectors[kVectors];
-      memcpy(vectors, losses, sizeof vectors);
+  // A turn as the loops of common turns take it: logits, turned to a label of 0, and what labels of
+  // 1 turn: factors of 1 and -1, or the sign bits of pairs of 16-bit numbers. Or, if labels are
+  // soft, logits and labels as they are.
+  template <bool kSoft>
+  struct Turn {
+    Scalar x[kQuads][kQuad];
+    std::conditional_t<kNarrow && !kSoft, uint32_t[kQuads][2], Scalar[kQuads][kQuad]> labels;
+    typename L::Bits soft = 0;  // 0 if all labels are 0 or 1
+    bool common = true;
+  };
+
+  // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
+  // kind of turn.
+  __device__ int common_turns(int size, int octet) {
+    if (!usual_ || !plan_.dense || kModified) return 0;
+    // A thread without elements evaluates those of the first octet once more, and keeps nothing.
+    if (!there_) element_ -= octet * 256;
+    int at = 0;
+    if (soft_ && plan_.direct)
+      at = turns<true, true>(size);
+    else if (soft_)
+      ;  // each turn on its own
+    else if (!plan_.direct || sizeof(Logit) == 8)
+      at = turns<false, false>(size);
+    else
+      at = with_gradient() ? turns<false, true, true>(size) : turns<false, true, false>(size);
+    if (!there_) element_ += octet * 256;
+    advance(at);
+    return at;
+  }
+
+  template <bool kSoft, bool kDirect, bool kGradient = true>
+  __device__ int turns(int size) {
+    point();
+    fetch(0, kDirect || plan_.aligned);
+    int at = 0;
+#pragma unroll 1
+    for (; at < size; at += kStep) {
+      Turn<kSoft> turn;
+      if constexpr (kSoft)
+        read(&turn);
+      else
+        read_turned(&turn);
+      const bool is_hard = turn.soft == 0;
+      if (any_of_warp(!turn.common || !(is_hard || (kSoft && (kNarrow || smoothing_ == 0))))) {
+        if (!kSoft) soft_ = any_of_warp(!is_hard);
+        return at;
+      }
+      // Without a condition, as that would take copies of all registers: the last turn loads its
+      // own quads again.
+      fetch(at + kStep < size ? at + kStep : at, kDirect || plan_.aligned);
+      Scalar sums[kQuad] = {};
       BCE_UNROLL
-      for (int i = 0; i < kVectors; ++i)
-        reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + 32 * q))[i] = vectors[i];
-    } else {
+      for (int q = 0; q < kQuads; ++q) {
+        if constexpr (kSoft)
+          evaluate_soft(at + 32 * q, turn.x[q], turn.labels[q]);
+        else if constexpr (kNarrow)
+          evaluate_narrow<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q], sums);
+        else
+          evaluate_turned<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q]);
+      }
+      // Common losses cannot overflow, and these few additions lose less than the contract allows.
+      if constexpr (kNarrow && !kSoft) high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    }
+    if (kSoft) {
+      Turn<false> turn;
+      read_turned(&turn);
+      soft_ = smoothing_ != 0 || any_of_warp(turn.soft != 0);
+    }
+    return at;
+  }
+
+  __device__ void read(Turn<true>* turn) const {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const Scalar x = convert(logits_[q].get(c)), y = label(labels_[q], c);
+        turn->x[q][c] = x, turn->labels[q][c] = y;
+        turn->common &= is_common(x) && L::magnitude(y) <= 1;
+        if (kNarrow) turn->common &= y >= 0;
+        turn->soft |= L::to_bits(L::fma(y, y, -y));
+      }
+    }
+  }
+
+  __device__ void read_turned(Turn<false>* turn) const {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      const Quad<Logit>& logits = logits_[q];
+      auto* labels = turn->labels[q];
+      if constexpr (kNarrow) {
+        if constexpr (std::is_same_v<Label, uint8_t>) {
+          const uint32_t word = labels_[q].vectors[0];
+          labels[0] = __byte_perm(word << 7, 0, 0x1404);
+          labels[1] = __byte_perm(word << 7, 0, 0x3424);
+          turn->soft |= word & 0xfefefefe;
+        } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
+          const uint2 words = labels_[q].vectors[0];
+          const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
+            const uint32_t signs = ones << 8 & 0x80008000;
+            turn->soft |= ones ^ (signs >> 8) * 0x7f;
+            return signs;
+          };
+          labels[0] = sign(words.x), labels[1] = sign(words.y);
+        } else {
+          labels[0] = labels[1] = 0;
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            const Scalar y = label(labels_[q], c);
+            turn->soft |= L::to_bits(L::fma(y, y, -y));
+            if (y == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+          }
+        }
+        const uint32_t pairs[] = {in_register(logits.vectors[0].x ^ labels[0]),
+                                  in_register(logits.vectors[0].y ^ labels[1])};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = convert_pair(Logit(), pairs[c / 2], c % 2);
+      } else {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          if constexpr (std::is_same_v<Label, uint8_t>) {
+            const uint32_t word = labels_[q].vectors[0];
+            labels[c] = L::from_bits(L::to_bits(1) | (word << (31 - 8 * c) & 0x80000000));
+            turn->soft |= word & 0xfefefefe;
+          } else {
+            const Scalar y = label(labels_[q], c);
+            labels[c] = in_register(turn_of<L>(y));
+            turn->soft |= L::to_bits(L::fma(y, y, -y));
+          }
+          turn->x[q][c] = in_register(convert(logits.get(c)) * labels[c]);
+        }
+      }
+      if constexpr (!kNarrow) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) turn->common &= is_common(turn->x[q][c]);
+      }
+    }
+    if constexpr (kNarrow) {
+      uint32_t largest = 0;
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q)
+        largest = with_pair(with_pair(largest, logits_[q].vectors[0].x), logits_[q].vectors[0].y);
+      turn->common = all_within(largest, bits_of<Logit>(Format<Scalar>::kCommon));
+    }
+  }
+
+  // Adds up the losses of a quad, or puts them into the tile.
+  __device__ void keep(int at, const Pair<Scalar>* losses) {
+    if (plan_.losses == Losses::kSum) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         high_[c] += losses[c].high;
         low_[c] += losses[c].low;
       }
-    }
-  }
-
-  // A turn without modifiers.
-  __device__ void plain_turn() {
-    Scalar z[kQuads][kQuad];
-    Turns turns[kQuads];
-    typename L::Bits soft = 0;
-    bool common = true;
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      soft |= turn(q, z[q], &turns[q]);
+    } else {
+      constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
+      uint4 vectors[kVectors];
+      memcpy(vectors, losses, sizeof vectors);
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) common &= is_common(z[q][c]);
+      for (int i = 0; i < kVectors; ++i)
+        reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + at))[i] = vectors[i];
     }
-    const bool fast = is_full() && common && soft == 0 && smoothing_ == 0 && usual_;
-    if (__any_sync(0xffffffff, left_ > 0 && !fast)) {
-      general_turn();
-      return;
-    }
-    // Without a condition, as that would take copies of all registers: the last turn loads its own
-    // quads again, and a thread that has none those of the first thread, which has some.
-    const int first = threadIdx.x % kWarp / 8 * 256 + threadIdx.x % 8 * kQuad;
-    fetch(element_ + (has_next() ? kStep : is_full() ? 0 : -first));
-    if (!is_full()) return;
-    if constexpr (kNarrow)
-      evaluate_narrow(z, turns);
-    else
-      evaluate_common(z, turns);
   }
 
-  // What a label of 1 turns: the sign bits of pairs of 16-bit numbers, or factors of 1 and -1.
-  struct Turns {
-    std::conditional_t<kNarrow, uint32_t, Scalar> by[kNarrow ? 2 : kQuad];
-  };
+  template <bool kDirect, bool kGradient>
+  __device__ void evaluate_turned(int at, const Scalar* z, const Scalar* turns) {
+    Exponential<L> exponential[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
+    Pair<Scalar> losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
+    if (plan_.losses != Losses::kStore) {
+      keep(at, losses);
+    } else if (with_loss()) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
+      put<kDirect>(plan_.loss, at, Quad<Logit>::rounded(values));
+    }
+    if (kGradient && (kDirect || with_gradient())) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = rest_ * turns[c] *
+                    rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
+      put<kDirect>(plan_.gradient, at, Quad<Logit>::rounded(values));
+    }
+  }
 
-  // Turns the logits of a quad. Returns 0 if all labels are 0 or 1.
-  __device__ typename L::Bits turn(int q, Scalar* z, Turns* turns) const {
-    const Quad<Logit>& logits = logits_[q];
-    typename L::Bits soft = 0;
-    if constexpr (kNarrow) {
-      if constexpr (std::is_same_v<Label, uint8_t>) {
-        const uint32_t word = labels_[q].vectors[0];
-        turns->by[0] = __byte_perm(word << 7, 0, 0x1404);
-        turns->by[1] = __byte_perm(word << 7, 0, 0x3424);
-        soft = word & 0xfefefefe;
-      } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
-        const uint2 words = labels_[q].vectors[0];
-        const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
-          const uint32_t signs = ones << 8 & 0x80008000;
-          soft |= ones ^ (signs >> 8) * 0x7f;
-          return signs;
-        };
-        turns->by[0] = sign(words.x), turns->by[1] = sign(words.y);
+  template <bool kDirect, bool kGradient>
+  __device__ void evaluate_narrow(int at, const Scalar* z, const uint32_t* signs, Scalar* sums) {
+    Narrow<L> narrow[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L, kDigits>(z[c]);
+    Scalar losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = L::fma(2, narrow[c].half_log1p, L::max(z[c], 0));
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) sums[c] += losses[c];
+    if (plan_.losses != Losses::kSum) keep_narrow<kDirect>(at, losses);
+    if (kGradient && (kDirect || with_gradient())) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = hard_gradient_of<L>(z[c], narrow[c].e, divisor_);
+      if (kDirect || plan_.gradient.type == kTypeOf<Logit>) {
+        Quad<Logit> quad = pairs_of(values);
+        quad.vectors[0].x ^= signs[0];
+        quad.vectors[0].y ^= signs[1];
+        put<kDirect>(plan_.gradient, at, quad);
       } else {
-        turns->by[0] = turns->by[1] = 0;
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c) {
-          const Scalar y = label(labels_[q], c);
-          soft |= L::to_bits(L::fma(y, y, -y));
-          if (y == 1) turns->by[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+          const uint32_t sign = signs[c / 2] << (c % 2 ? 0 : 16) & 0x80000000;
+          values[c] = L::from_bits(L::to_bits(values[c]) ^ sign);
         }
+        put<kDirect>(plan_.gradient, at, Quad<Scalar>::rounded(values));
       }
+    }
+  }
+
+  template <bool kDirect>
+  __device__ void keep_narrow(int at, Scalar* losses) {
+    if (plan_.losses == Losses::kTile) {
+      Pair<Scalar> pairs[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const uint32_t pair = c < 2 ? logits.vectors[0].x : logits.vectors[0].y;
-        z[c] = convert_pair(Logit(), pair ^ turns->by[c / 2], c % 2);
-      }
+      for (int c = 0; c < kQuad; ++c) pairs[c] = {losses[c], 0};
+      keep(at, pairs);
+    } else if (with_loss()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) losses[c] *= rest_;
+      put<kDirect>(plan_.loss, at, pairs_of(losses));
+    }
+  }
+
+  __device__ void evaluate_soft(int at, const Scalar* x, const Scalar* y) {
+    Pair<Scalar> losses[kQuad];
+    Scalar gradients[kQuad];
+    if constexpr (kNarrow) {
+      const Scalar smoothing[kQuad] = {smoothing_, smoothing_, smoothing_, smoothing_};
+      evaluate_narrow_quad<true>(x, y, smoothing, losses, gradients);
     } else {
+      Exponential<L> exponential[kQuad];
+      Pair<Scalar> coefficients[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        if constexpr (std::is_same_v<Label, uint8_t>) {
-          const uint32_t word = labels_[q].vectors[0];
-          turns->by[c] = L::from_bits(L::to_bits(1) | (word << (31 - 8 * c) & 0x80000000));
-          soft |= word & 0xfefefefe;
-        } else {
-          const Scalar y = label(labels_[q], c);
-          turns->by[c] = turn_of<L>(y);
-          soft |= L::to_bits(L::fma(y, y, -y));
-        }
-        z[c] = convert(logits.get(c)) * turns->by[c];
+        exponential[c] = exp_of<L, true>(x[c]);
+        coefficients[c] = coefficient_of<L>(x[c], y[c]);
       }
-    }
-    return soft;
-  }
-
-  __device__ void evaluate_common(const Scalar (*z)[kQuad], const Turns* turns) {
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      Exponential<L> exponential[kQuad];
+      if (smoothing_ != 0) {  // then they are 0 or 1
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          coefficients[c] = coefficients[c].high == 0 ? smoothed_[0] : smoothed_[1];
+      }
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[q][c]);
-      if (with_loss()) {
-        Pair<Scalar> losses[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[q][c], exponential[c]);
-        if (plan_.reduce) {
-          keep(q, losses);
-        } else {
-          Scalar values[kQuad];
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c)
-            values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
-          store_fast(plan_.loss, q, Quad<Logit>::rounded(values));
-        }
+      for (int c = 0; c < kQuad; ++c) {
+        losses[c] = loss_from<L, true>(x[c], coefficients[c], log1p_of<L>(exponential[c]), 1);
+        if (!plan_.reduce) losses[c].high = rounded_once(losses[c], kTypeOf<Logit>) * rest_;
       }
-      if (with_gradient()) {
-        Scalar values[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          values[c] = rest_ * turns[q].by[c] *
-                      rounded_once(turned_gradient_of<L>(z[q][c], exponential[c]), kTypeOf<Logit>);
-        store_fast(plan_.gradient, q, Quad<Logit>::rounded(values));
-      }
-    }
-  }
-
-  __device__ void evaluate_narrow(const Scalar (*z)[kQuad], const Turns* turns) {
-    const Scalar divisor = L::reciprocal(rest_);
-    Scalar sums[kQuad] = {};
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      Narrow<L> narrow[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L, kDigits>(z[q][c]);
-      if (with_loss()) {
-        Scalar loss[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          loss[c] = L::fma(2, narrow[c].half_log1p, L::max(z[q][c], 0));
-        if (!plan_.reduce) {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) loss[c] *= rest_;
-          store_fast(plan_.loss, q, pairs_of(loss));
-        } else if (plan_.tile_rows) {
-          Pair<Scalar> losses[kQuad];
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) losses[c] = {loss[c], 0};
-          keep(q, losses);
-        } else {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) sums[c] += loss[c];
-        }
-      }
-      if (with_gradient()) {
-        Scalar values[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          values[c] = hard_gradient_of<L>(z[q][c], narrow[c].e, divisor);
-        if (plan_.gradient.type == kTypeOf<Logit>) {
-          Quad<Logit> quad = pairs_of(values);
-          quad.vectors[0].x ^= turns[q].by[0];
-          quad.vectors[0].y ^= turns[q].by[1];
-          store_fast(plan_.gradient, q, quad);
-        } else {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            const uint32_t sign = turns[q].by[c / 2] << (c % 2 ? 0 : 16) & 0x80000000;
-            values[c] = L::from_bits(L::to_bits(values[c]) ^ sign);
-          }
-          store_quad(plan_.gradient.data, element_ + 32 * q, kQuad, Quad<Scalar>::rounded(values));
-        }
-      }
+      for (int c = 0; c < kQuad; ++c)
+        gradients[c] =
+            rounded_once(gradient_from<L>(x[c], coefficients[c], sigmoid_of<L>(exponential[c]), 1),
+                         kTypeOf<Logit>) *
+            rest_;
     }
-    // Common losses cannot overflow, and these few additions lose less than the contract allows.
-    if (with_loss() && plan_.reduce && !plan_.tile_rows)
-      high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    if (plan_.losses != Losses::kStore) {
+      keep(at, losses);
+    } else if (with_loss()) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = losses[c].high;
+      put<true>(plan_.loss, at, Quad<Logit>::rounded(values));
+    }
+    if (with_gradient()) {
+      put<true>(plan_.gradient, at, Quad<Logit>::rounded(gradients));
+    }
   }
 
-  __device__ void store_fast(const Result& result, int q, const Quad<Logit>& quad) {
-    store_quad(result.data, element_ + 32 * q, kQuad, quad);
+  // Stores a quad in the distance `at` from the thread's element.
+  template <bool kDirect, class Stored>
+  __device__ void put(const Result& result, int at, const Quad<Stored>& quad) const {
+    Stored* to;
+    if constexpr (std::is_same_v<Stored, Logit>)
+      to = (&result == &plan_.gradient ? gradient_to_
+                                       : static_cast<Logit*>(result.data) + element_) +
+           at;
+    else
+      to = static_cast<Stored*>(result.data) + element_ + at;
+    if (kDirect || plan_.aligned)
+      quad.store(to, there_);
+    else
+      quad.store_each(to, there_);
   }
   __device__ static Quad<Logit> pairs_of(const Scalar* values) {
     const auto first = round_pair(Logit(), values[0], values[1]);
@@ -453,55 +563,58 @@ class Loop {
     return quad;
   }
 
-  // A turn of any elements without modifiers, quad by quad.
-  __device__ void general_turn() {
-    bool common = left_ <= 0 || is_full();
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) common &= left_ <= 0 || is_common(convert(logits_[q].get(c)));
+  // A turn of any elements.
+  __device__ void any_turn() {
+    if (plan_.dense) {
+      point();
+      if (is_full())
+        fetch(0, false);
+      else
+        gather();
     }
-    common = !__any_sync(0xffffffff, !common);
 #pragma unroll 1
     for (int q = 0; q < kQuads; ++q) {
-      const Quad<Logit> logits = logits_[0];
-      const Labels labels = labels_[0];
+      if constexpr (kModified)
+        modified_quad();
+      else
+        plain_quad();
       BCE_UNROLL
       for (int next = 1; next < kQuads; ++next) {
         logits_[next - 1] = logits_[next];
         labels_[next - 1] = labels_[next];
       }
-      if (has_next()) fetch(element_ + kStep + 32 * q, kQuads - 1, 1);
-      if (32 * q >= left_) continue;
-      Scalar x[kQuad], y[kQuad], smoothing[kQuad];
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        x[c] = convert(logits.get(c));
-        y[c] = label(labels, c);
-        smoothing[c] = 32 * q + c < left_ ? smoothing_ : 0;
-      }
-      Pair<Scalar> losses[kQuad] = {};
-      Scalar gradients[kQuad] = {};
-      if constexpr (kNarrow)
-        evaluate_soft(x, y, smoothing, losses, gradients);
-      else if (common)
-        evaluate_quad<true>(x, y, smoothing, losses, gradients);
-      else
-        evaluate_quad<false>(x, y, smoothing, losses, gradients);
-      finish_quad(q, losses, gradients);
+      advance(32);
     }
   }
 
+  __device__ void plain_quad() {
+    if (left_ <= 0) return;
+    Scalar x[kQuad], y[kQuad], smoothing[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      x[c] = convert(logits_[0].get(c));
+      y[c] = label(labels_[0], c);
+      smoothing[c] = c < left_ ? smoothing_ : 0;
+    }
+    Pair<Scalar> losses[kQuad] = {};
+    Scalar gradients[kQuad] = {};
+    if constexpr (kNarrow)
+      evaluate_narrow_quad<false>(x, y, smoothing, losses, gradients);
+    else
+      evaluate_quad(x, y, smoothing, losses, gradients);
+    finish_quad(losses, gradients);
+  }
+
   // Adds up or stores a quad's losses, and stores its gradients.
-  __device__ void finish_quad(int q, const Pair<Scalar>* losses, const Scalar* gradients) {
-    if (with_loss() && plan_.reduce) keep(q, losses);
+  __device__ void finish_quad(const Pair<Scalar>* losses, const Scalar* gradients) {
+    if (with_loss() && plan_.reduce) keep(0, losses);
 #pragma unroll 1
     for (int result = 0; result < 2; ++result) {
       if (result == 0 ? !with_loss() || plan_.reduce : !with_gradient()) continue;
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) values[c] = result == 0 ? losses[c].high : gradients[c];
-      store(result == 0 ? plan_.loss : plan_.gradient, element_ + 32 * q, left_ - 32 * q, values);
+      store(result == 0 ? plan_.loss : plan_.gradient, element_, left_, values);
     }
   }
 
@@ -514,22 +627,14 @@ class Loop {
   }
 
   // Each value is scaled and rounded once, or, if it is to be added up, has its power.
-  template <bool kCommonLogits>
   __device__ void evaluate_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
                                 Pair<Scalar>* losses, Scalar* gradients) const {
-    Exponential<L> exponential[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommonLogits>(x[c]);
-    if (with_loss()) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential[c]));
-    }
-    if (with_gradient()) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        gradients[c] =
-            scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential[c]), plan_.gradient.type);
+    for (int c = 0; c < kQuad; ++c) {
+      const Exponential<L> exponential = exp_of<L>(x[c]);
+      losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
+      gradients[c] =
+          scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential), plan_.gradient.type);
     }
   }
 
@@ -537,17 +642,17 @@ class Loop {
 
   // 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow. Each element is
   // evaluated as its own value asks, so that its bits do not depend on its neighbors.
-  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                Pair<Scalar>* losses, Scalar* gradients) const {
-    const Scalar divisor = L::reciprocal(rest_);
+  template <bool kCommon>
+  __device__ void evaluate_narrow_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                       Pair<Scalar>* losses, Scalar* gradients) const {
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1) {
+      if (kCommon || (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1)) {
         const Narrow<L> narrow = narrow_of<L, kDigits>(x[c]);
         const Scalar coefficient = soft_coefficient_of(x[c], y[c], smoothing[c]);
         losses[c] = {L::fma(2, narrow.half_log1p, coefficient * L::magnitude(x[c])), 0};
         if (!plan_.reduce) losses[c].high *= rest_;
-        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor);
+        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor_);
       } else {
         const Exponential<L> exponential = exp_of<L>(x[c]);
         losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
@@ -558,7 +663,7 @@ class Loop {
   }
 
   // A quad with modifiers. A masked element is replaced by a harmless one.
-  __device__ void modified_turn() {
+  __device__ void modified_quad() {
     Scalar x[kQuad], y[kQuad], rest[kQuad], power[kQuad], pos_weight[kQuad], number[kQuad];
     Pair<Scalar> weight[kQuad];
     bool exists[kQuad], fast = smoothing_ == 0 && plan_.smoothing.form == Form::kOne;
@@ -571,13 +676,13 @@ class Loop {
     }
     const auto given = [&](ModifierName name) { return plan_.modifiers[name].data != nullptr; };
     const auto load = [&](const Input& input) { numbers(input, row, column, number); };
-    if (!fetches_) {
+    if (!plan_.dense) {
       numbers(plan_.logits, row, column, x);
       numbers(plan_.labels, row, column, y);
     }
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (fetches_) {
+      if (plan_.dense) {
         x[c] = convert(logits_[0].get(c));
         y[c] = label(labels_[0], c);
       }
@@ -604,7 +709,6 @@ class Loop {
       }
     }
     if (given(kIgnoreLabel)) ignore(y, exists);
-    fetch_next();
     if (given(kWhere)) {
       load(plan_.modifiers[kWhere]);
       BCE_UNROLL
@@ -639,7 +743,7 @@ class Loop {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
         weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
-    } else if (!__any_sync(0xffffffff, !fast)) {
+    } else if (!any_of_warp(!fast)) {
       if (given(kPosWeight)) {
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c)
@@ -658,7 +762,7 @@ class Loop {
       }
       evaluate_weighted<false>(x, y, smoothing, rest, weight, pos_weight, gradients);
     }
-    if (left_ > 0) finish_quad(0, weight, gradients);
+    if (left_ > 0) finish_quad(weight, gradients);
   }
 
   template <bool kFast>
@@ -728,7 +832,7 @@ class Loop {
   // Takes away the elements whose label, as stored, is to be ignored.
   __device__ void ignore(const Scalar* y, bool* exists) const {
     const Input &labels = plan_.labels, &ignored = plan_.modifiers[kIgnoreLabel];
-    if (fetches_ && ignored.form == Form::kOne && width_of(labels.type) < 8) {
+    if (plan_.dense && ignored.form == Form::kOne && width_of(labels.type) < 8) {
       const uint32_t word =
           width_of(labels.type) == 4 ? *static_cast<const uint32_t*>(ignored.data) : 0;
       const Scalar number = number_at<Scalar>(ignored.data, ignored.type, 0);
@@ -754,14 +858,19 @@ class Loop {
 
   const Plan& plan_;
   const Scalar smoothing_;
+  const Pair<Scalar> smoothed_[2];  // 0 and 1
+  bool soft_;                       // the turn is probably one of soft labels
   bool zero_ = false, usual_ = false;
-  Scalar rest_ = 0, power_ = 1;
-  // The turn: how many of the thread's elements are left, which is the first, and where its loss
-  // belongs in the tile.
+  Scalar rest_ = 0, power_ = 1, divisor_ = 1;
+  // Whether the thread has elements in this group. In the turn: how many are left, which is the
+  // first, and where its loss belongs in the tile.
+  bool there_;
   int left_;
   int64_t element_;
   int place_;
-  bool fetches_, aligned_;
+  const Logit* logits_from_;
+  std::conditional_t<kAny, const char*, const Label*> labels_from_;
+  Logit* gradient_to_;
   Quad<Logit> logits_[kQuads];
   Labels labels_[kQuads];
   // Of the matrix with plan_.inner columns: the row in which the group begins, and the turn's

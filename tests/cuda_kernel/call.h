@@ -132,15 +132,19 @@ struct Case {
 
 inline std::mt19937 random_bits(1);
 
+// One number in so many is rare: few enough, in two calls of three, that whole turns have none.
+inline int one_in = 64;
+inline bool is_rare() { return random_bits() % one_in == 0; }
+
 inline double any_logit() {
   const double rare[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, 44, -44.5, 88, -95, 104, -110, 1e-30};
-  return random_bits() % 64 == 0 ? rare[random_bits() % std::size(rare)]
-                                 : std::normal_distribution<double>(0, 5)(random_bits);
+  return is_rare() ? rare[random_bits() % std::size(rare)]
+                   : std::normal_distribution<double>(0, 5)(random_bits);
 }
 
 inline double any_label() {
   const double soft[] = {0.3, 0.9, 2, -1};
-  return random_bits() % 32 == 0 ? soft[random_bits() % std::size(soft)] : random_bits() % 2;
+  return is_rare() ? soft[random_bits() % std::size(soft)] : random_bits() % 2;
 }
 
 // Operands are random, results not yet computed.
@@ -176,6 +180,7 @@ struct Call {
   bool by_column(int name) const { return (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
+    one_in = 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
     for (int64_t i = 0; i < size; ++i) logits.set(i, any_logit());
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
@@ -192,11 +197,12 @@ struct Call {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
       modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
-      const double numbers[] = {0, 1, 3, 0.3, INFINITY};
+      const double numbers[] = {0, 1, 3, 0.3, -2};
       for (int64_t i = 0; given && i < count; ++i)
         modifiers[name].set(i, name == kWhere         ? random_bits() % 4 != 0
                                : name == kIgnoreLabel ? random_bits() % 2
-                                                      : numbers[random_bits() % 40 % 5]);
+                               : is_rare()            ? INFINITY
+                                                      : numbers[random_bits() % 5]);
       modifiers[name].upload();
     }
   }
