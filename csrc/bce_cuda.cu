@@ -14,11 +14,13 @@ namespace jax_bce {
 namespace {
 
 // Thread blocks per multiprocessor: as many as still keep all variables in registers.
-template <class Logit>
-constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2 : 4;
+template <class Logit, bool kModified>
+constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2
+                              : kModified        ? 3
+                                                 : 4;
 
 template <class Logit, class Label, bool kModified>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit>)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
     evaluate(const __grid_constant__ Plan plan) {
   using Elements = Loop<Logit, Label, kModified>;
   using Scalar = typename Elements::Scalar;
@@ -99,8 +101,8 @@ cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   const bool tiles = plan.tile_rows > 0;
   const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
   const cudaError_t error =
-      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit>), kThreads,
-             tiles ? kTileBytes<Scalar> : 0, stream, plan);
+      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
+             kThreads, tiles ? kTileBytes<Scalar> : 0, stream, plan);
   if (error != cudaSuccess || !plan.reduce || tiles) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
@@ -234,6 +236,21 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
     return !result.data || result.type == problem.logits.type;
   };
   plan.direct = plan.aligned && fits(plan.gradient) && (plan.reduce || fits(plan.loss));
+  plan.common_modifiers = plan.direct && !plan.total && factors != Factors::kAny &&
+                          plan.smoothing.form == Form::kOne &&
+                          (plan.inner == 0 || rows * columns / plan.inner < int64_t{1} << 31);
+  plan.whole_quads = plan.inner % kQuad == 0;
+  for (int name = 0; name < kModifiers; ++name) {
+    const Input& input = plan.modifiers[name];
+    if (!input.data) continue;
+    plan.uses |= 1u << name;
+    const bool usual = name == kIgnoreLabel ? input.form == Form::kOne && width_of(input.type) < 8
+                       : name == kWhere     ? width_of(input.type) == 1
+                                            : input.type == Type::kF32;
+    plan.common_modifiers = plan.common_modifiers && usual && input.form != Form::kOther;
+    if (input.form == Form::kEach || input.form == Form::kByColumn)
+      plan.whole_quads = plan.whole_quads && aligned(input.data, input.type);
+  }
   *modified = problem.modified || problem.total || factors == Factors::kAny ||
               plan.smoothing.form != Form::kOne || !plan.dense;
   return plan;

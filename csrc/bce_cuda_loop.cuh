@@ -64,6 +64,10 @@ struct Plan {
   // all quads are aligned, so that each takes one transfer; and whether the results have the
   // logits' type, too.
   bool dense, aligned, direct;
+  // Whether modifiers are of the usual types and forms, so that common turns may have them; and
+  // whether four elements of a quad have theirs next to each other, or one.
+  bool common_modifiers, whole_quads;
+  uint32_t uses;  // a bit for each modifier there is
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
@@ -149,6 +153,7 @@ class Loop {
   __device__ const Logit* logits() const { return static_cast<const Logit*>(plan_.logits.data); }
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
+  __device__ bool given(ModifierName name) const { return plan_.modifiers[name].data; }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
   __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
@@ -193,6 +198,13 @@ class Loop {
                   static_cast<uint32_t>(element_ - begin);
       }
     }
+    if (kModified && given(kIgnoreLabel) && plan_.common_modifiers) {
+      const Input& input = plan_.modifiers[kIgnoreLabel];
+      ignored_ = width_of(input.type) == 4   ? *static_cast<const uint32_t*>(input.data)
+                 : width_of(input.type) == 1 ? *static_cast<const uint8_t*>(input.data)
+                                             : 0;
+      ignored_number_ = number_at<Scalar>(input.data, input.type, 0);
+    }
     if (plan_.labels.form == Form::kOne) {
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q) {
@@ -205,7 +217,10 @@ class Loop {
 
   __device__ void point() {
     logits_from_ = in_register(logits() + element_);
-    if constexpr (!kAny)
+    if constexpr (kAny)
+      labels_from_ = in_register(static_cast<const char*>(plan_.labels.data) +
+                                 element_ * width_of(plan_.labels.type));
+    else
       labels_from_ = in_register(static_cast<const Label*>(plan_.labels.data) + element_);
     gradient_to_ = in_register(static_cast<Logit*>(plan_.gradient.data) + element_);
   }
@@ -219,7 +234,7 @@ class Loop {
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
       if constexpr (kAny)
-        labels_[q].load(plan_.labels.type, plan_.labels.data, element_ + at + 32 * q, aligned);
+        labels_[q].load(plan_.labels.type, labels_from_, at + 32 * q, aligned);
       else
         labels_[q] = Quad<Label>::load(labels_from_ + at + 32 * q, aligned);
     }
@@ -267,17 +282,23 @@ class Loop {
     Scalar x[kQuads][kQuad];
     std::conditional_t<kNarrow && !kSoft, uint32_t[kQuads][2], Scalar[kQuads][kQuad]> labels;
     typename L::Bits soft = 0;  // 0 if all labels are 0 or 1
+    uint32_t ignored = 0;       // a bit for each
     bool common = true;
   };
 
   // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
   // kind of turn.
   __device__ int common_turns(int size, int octet) {
-    if (!usual_ || !plan_.dense || kModified) return 0;
+    if (!usual_ || !plan_.dense) return 0;
+    if (kModified && (!plan_.common_modifiers || smoothing_ != 0 || sizeof(Logit) == 8)) return 0;
     // A thread without elements evaluates those of the first octet once more, and keeps nothing.
     if (!there_) element_ -= octet * 256;
     int at = 0;
-    if (soft_ && plan_.direct)
+    if constexpr (kModified) {
+      if constexpr (sizeof(Logit) < 8)
+        at = plan_.uses == 1 << kWeight ? turns<false, true, true, true>(size)
+                                        : turns<false, true>(size);
+    } else if (soft_ && plan_.direct)
       at = turns<true, true>(size);
     else if (soft_)
       ;  // each turn on its own
@@ -290,7 +311,7 @@ class Loop {
     return at;
   }
 
-  template <bool kSoft, bool kDirect, bool kGradient = true>
+  template <bool kSoft, bool kDirect, bool kGradient = true, bool kWeightOnly = false>
   __device__ int turns(int size) {
     point();
     fetch(0, kDirect || plan_.aligned);
@@ -301,7 +322,7 @@ class Loop {
       if constexpr (kSoft)
         read(&turn);
       else
-        read_turned(&turn);
+        read_turned<kModified && !kWeightOnly>(&turn);
       const bool is_hard = turn.soft == 0;
       if (any_of_warp(!turn.common || !(is_hard || (kSoft && (kNarrow || smoothing_ == 0))))) {
         if (!kSoft) soft_ = any_of_warp(!is_hard);
@@ -315,6 +336,9 @@ class Loop {
       for (int q = 0; q < kQuads; ++q) {
         if constexpr (kSoft)
           evaluate_soft(at + 32 * q, turn.x[q], turn.labels[q]);
+        else if constexpr (kModified)
+          evaluate_weighted<kWeightOnly>(at + 32 * q, turn.x[q], turn.labels[q],
+                                         turn.ignored >> 4 * q);
         else if constexpr (kNarrow)
           evaluate_narrow<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q], sums);
         else
@@ -345,6 +369,8 @@ class Loop {
     }
   }
 
+  // kIgnores: an ignored label counts as 0.
+  template <bool kIgnores = false>
   __device__ void read_turned(Turn<false>* turn) const {
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
@@ -378,19 +404,15 @@ class Loop {
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c) turn->x[q][c] = convert_pair(Logit(), pairs[c / 2], c % 2);
       } else {
+        if constexpr (std::is_same_v<Label, uint8_t>)
+          turn_by_bytes<kIgnores>(labels_[q].vectors[0], q, turn);
+        else if (kAny && width_of(plan_.labels.type) == 1)
+          turn_by_bytes<kIgnores>(word_of(labels_[q]), q, turn);
+        else
+          turn_by_numbers<kIgnores>(q, turn);
         BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) {
-          if constexpr (std::is_same_v<Label, uint8_t>) {
-            const uint32_t word = labels_[q].vectors[0];
-            labels[c] = L::from_bits(L::to_bits(1) | (word << (31 - 8 * c) & 0x80000000));
-            turn->soft |= word & 0xfefefefe;
-          } else {
-            const Scalar y = label(labels_[q], c);
-            labels[c] = in_register(turn_of<L>(y));
-            turn->soft |= L::to_bits(L::fma(y, y, -y));
-          }
+        for (int c = 0; c < kQuad; ++c)
           turn->x[q][c] = in_register(convert(logits.get(c)) * labels[c]);
-        }
       }
       if constexpr (!kNarrow) {
         BCE_UNROLL
@@ -406,21 +428,64 @@ class Loop {
     }
   }
 
-  // Adds up the losses of a quad, or puts them into the tile.
-  __device__ void keep(int at, const Pair<Scalar>* losses) {
+  __device__ static uint32_t word_of(const Labels& labels, int i = 0) {
+    if constexpr (kAny)
+      return labels.word(i);
+    else
+      return 0;
+  }
+
+  template <bool kIgnores>
+  __device__ void turn_by_bytes(uint32_t word, int q, Turn<false>* turn) const {
+    if (kIgnores && uses(kIgnoreLabel)) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        if ((word >> 8 * c & 0xff) != ignored_) continue;
+        turn->ignored |= 1u << (kQuad * q + c);
+        word &= ~(0xffu << 8 * c);
+      }
+    }
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c)
+      turn->labels[q][c] = L::from_bits(L::to_bits(1) | typename L::Bits{word >> 8 * c & 1}
+                                                            << (8 * sizeof(Scalar) - 1));
+    turn->soft |= word & 0xfefefefe;
+  }
+
+  template <bool kIgnores>
+  __device__ void turn_by_numbers(int q, Turn<false>* turn) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      Scalar y = label(labels_[q], c);
+      if (kIgnores && uses(kIgnoreLabel)) {
+        const bool ignored = plan_.labels.type == Type::kI32 ? word_of(labels_[q], c) == ignored_
+                                                             : y == ignored_number_;
+        turn->ignored |= ignored ? 1u << (kQuad * q + c) : 0;
+        y = ignored ? 0 : y;
+      }
+      turn->labels[q][c] = in_register(turn_of<L>(y));
+      turn->soft |= L::to_bits(L::fma(y, y, -y));
+    }
+  }
+
+  // Adds up the losses of a quad, or puts them into the tile, or else calls `store`.
+  template <class Store>
+  __device__ void keep(int at, const Pair<Scalar>* losses, const Store& store) {
     if (plan_.losses == Losses::kSum) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         high_[c] += losses[c].high;
         low_[c] += losses[c].low;
       }
-    } else {
+    } else if (plan_.losses == Losses::kTile) {
       constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
       uint4 vectors[kVectors];
       memcpy(vectors, losses, sizeof vectors);
       BCE_UNROLL
       for (int i = 0; i < kVectors; ++i)
         reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + at))[i] = vectors[i];
+    } else if (with_loss()) {
+      store();
     }
   }
 
@@ -432,14 +497,12 @@ class Loop {
     Pair<Scalar> losses[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
-    if (plan_.losses != Losses::kStore) {
-      keep(at, losses);
-    } else if (with_loss()) {
+    keep(at, losses, [&] {
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
       put<kDirect>(plan_.loss, at, Quad<Logit>::rounded(values));
-    }
+    });
     if (kGradient && (kDirect || with_gradient())) {
       Scalar values[kQuad];
       BCE_UNROLL
@@ -447,6 +510,121 @@ class Loop {
         values[c] = rest_ * turns[c] *
                     rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
       put<kDirect>(plan_.gradient, at, Quad<Logit>::rounded(values));
+    }
+  }
+
+  // With modifiers. `masked` has a bit for each element that is to be ignored.
+  template <bool kWeightOnly>
+  __device__ void evaluate_weighted(int at, const Scalar* z, const Scalar* turns, uint32_t masked) {
+    Pair<Scalar> weight[kQuad];
+    if constexpr (kWeightOnly) {
+      Scalar numbers[kQuad];
+      load_quad(plan_.modifiers[kWeight], at, numbers);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
+    } else {
+      load_weights(at, turns, weight, &masked);
+    }
+    Exponential<L> exponential[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
+    Pair<Scalar> losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
+    const auto put_weighted = [&](const Result& result, Scalar* values) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = weighted<L, true>({values[c], 0}, weight[c].high).high * rest_;
+      if (!kWeightOnly &&
+          (uses(kWhere) || uses(kIgnoreLabel))) {  // a NaN or negative factor would show
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) values[c] = masked >> c & 1 ? 0 : values[c];
+      }
+      put<true>(result, at, Quad<Logit>::rounded(values));
+    };
+    Pair<Scalar> products[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) products[c] = weighted<L, true>(losses[c], weight[c]);
+    Scalar values[kQuad];
+    keep(at, products, [&] {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = rounded_once(losses[c], kTypeOf<Logit>);
+      put_weighted(plan_.loss, values);
+    });
+    if (with_gradient()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] =
+            turns[c] * rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
+      put_weighted(plan_.gradient, values);
+    }
+  }
+
+  __device__ bool uses(ModifierName name) const { return plan_.uses >> name & 1; }
+
+  // The weights of a quad, 0 if masked. They are loaded where they are needed: other warps evaluate
+  // meanwhile.
+  __device__ void load_weights(int at, const Scalar* turns, Pair<Scalar>* weight,
+                               uint32_t* masked) const {
+    const auto load = [&](ModifierName name, auto* numbers) {
+      load_quad(plan_.modifiers[name], at, numbers);
+    };
+    Scalar numbers[kQuad] = {1, 1, 1, 1};
+    if (uses(kWeight)) load(kWeight, numbers);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
+    if (uses(kSampleWeight)) {
+      load(kSampleWeight, numbers);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) weight[c] = product_of<L>(weight[c], numbers[c]);
+    }
+    if (uses(kPosWeight)) {
+      load(kPosWeight, numbers);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        weight[c] = weight_of<L>(weight[c], numbers[c], turns[c] < 0 ? 1 : 0, 0).weight;
+    }
+    if (uses(kWhere)) {
+      uint8_t where[kQuad];
+      load(kWhere, where);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) *masked |= where[c] ? 0 : 1u << c;
+    }
+    if (uses(kWhere) || uses(kIgnoreLabel)) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        if (*masked >> c & 1) weight[c] = {0, 0};
+    }
+  }
+
+  // A modifier's numbers, from the element in the distance `at`, or its column or row.
+  template <class Number>
+  __device__ void load_quad(const Input& input, int at, Number* numbers) const {
+    const Number* data = static_cast<const Number*>(input.data);
+    const auto load = [&](const Number* from) {
+      const auto quad = __ldg(reinterpret_cast<const typename Quad<Number>::Vector*>(from));
+      memcpy(numbers, &quad, sizeof quad);
+    };
+    const auto row_of = [&](uint32_t column) {
+      return __umulhi(column, plan_.magic) >> plan_.shift;
+    };
+    const uint32_t column = column_ + at, row = row_of(column);
+    if (plan_.whole_quads && input.form == Form::kByColumn) {
+      load(data + (column - row * plan_.inner));
+    } else if (plan_.whole_quads && input.form == Form::kEach) {
+      load(data + element_ + at);
+    } else if (plan_.whole_quads || input.form == Form::kOne) {
+      const Number number = __ldg(data + (input.form == Form::kOne ? 0 : row_ + row));
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) numbers[c] = number;
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const uint32_t row = row_of(column + c);
+        numbers[c] = __ldg(data + (input.form == Form::kEach       ? element_ + at + c
+                                   : input.form == Form::kByColumn ? column + c - row * plan_.inner
+                                                                   : row_ + row));
+      }
     }
   }
 
@@ -460,7 +638,16 @@ class Loop {
     for (int c = 0; c < kQuad; ++c) losses[c] = L::fma(2, narrow[c].half_log1p, L::max(z[c], 0));
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) sums[c] += losses[c];
-    if (plan_.losses != Losses::kSum) keep_narrow<kDirect>(at, losses);
+    if (plan_.losses != Losses::kSum) {
+      Pair<Scalar> pairs[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) pairs[c] = {losses[c], 0};
+      keep(at, pairs, [&] {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) losses[c] *= rest_;
+        put<kDirect>(plan_.loss, at, pairs_of(losses));
+      });
+    }
     if (kGradient && (kDirect || with_gradient())) {
       Scalar values[kQuad];
       BCE_UNROLL
@@ -478,20 +665,6 @@ class Loop {
         }
         put<kDirect>(plan_.gradient, at, Quad<Scalar>::rounded(values));
       }
-    }
-  }
-
-  template <bool kDirect>
-  __device__ void keep_narrow(int at, Scalar* losses) {
-    if (plan_.losses == Losses::kTile) {
-      Pair<Scalar> pairs[kQuad];
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) pairs[c] = {losses[c], 0};
-      keep(at, pairs);
-    } else if (with_loss()) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) losses[c] *= rest_;
-      put<kDirect>(plan_.loss, at, pairs_of(losses));
     }
   }
 
@@ -526,14 +699,12 @@ class Loop {
                          kTypeOf<Logit>) *
             rest_;
     }
-    if (plan_.losses != Losses::kStore) {
-      keep(at, losses);
-    } else if (with_loss()) {
+    keep(at, losses, [&] {
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) values[c] = losses[c].high;
       put<true>(plan_.loss, at, Quad<Logit>::rounded(values));
-    }
+    });
     if (with_gradient()) {
       put<true>(plan_.gradient, at, Quad<Logit>::rounded(gradients));
     }
@@ -607,7 +778,7 @@ class Loop {
 
   // Adds up or stores a quad's losses, and stores its gradients.
   __device__ void finish_quad(const Pair<Scalar>* losses, const Scalar* gradients) {
-    if (with_loss() && plan_.reduce) keep(0, losses);
+    keep(0, losses, [] {});
 #pragma unroll 1
     for (int result = 0; result < 2; ++result) {
       if (result == 0 ? !with_loss() || plan_.reduce : !with_gradient()) continue;
@@ -674,7 +845,6 @@ class Loop {
       row = row_ + quotient;
       column = column_ - quotient * plan_.inner;
     }
-    const auto given = [&](ModifierName name) { return plan_.modifiers[name].data != nullptr; };
     const auto load = [&](const Input& input) { numbers(input, row, column, number); };
     if (!plan_.dense) {
       numbers(plan_.logits, row, column, x);
@@ -877,6 +1047,9 @@ class Loop {
   // distance from that row's begin.
   int64_t row_;
   uint32_t column_;
+  // The ignored label as it is stored, if it is an integer, and as a number.
+  uint32_t ignored_;
+  Scalar ignored_number_;
   double high_[kQuad];
   Scalar low_[kQuad];
 };

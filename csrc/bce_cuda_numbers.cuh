@@ -317,15 +317,16 @@ template <class Scalar>
 struct AnyLabels {
   uint4 words[sizeof(Scalar) / 4];
 
-  __device__ void load(Type type, const void* data, int64_t offset, bool aligned) {
-    const void* from = static_cast<const char*>(data) + offset * width_of(type);
-    if (aligned && width_of(type) == 4) {
+  __device__ void load(Type type, const void* data, int offset, bool aligned) {
+    const int width = width_of(type);
+    const void* from = static_cast<const char*>(data) + offset * width;
+    if (aligned && width == 4) {
       words[0] = __ldcs(static_cast<const uint4*>(from));
-    } else if (aligned && width_of(type) == 2) {
+    } else if (aligned && width == 1) {
+      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
+    } else if (aligned && width == 2) {
       const uint2 two = __ldcs(static_cast<const uint2*>(from));
       words[0].x = two.x, words[0].y = two.y;
-    } else if (aligned && width_of(type) == 1) {
-      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
     } else {
       *this = {};
       BCE_UNROLL

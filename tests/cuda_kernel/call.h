@@ -128,6 +128,7 @@ struct Case {
   int form = 0;            // what they are: one number, one a row, one a column, one an element
   int divisors = 0;        // none, one number, one a row, one an element (or a row, if they add up)
   bool total = false;      // weights in the place of losses
+  bool common = false;  // no rare numbers, modifiers of the usual types, the same smoothing for all
 };
 
 inline std::mt19937 random_bits(1);
@@ -174,17 +175,22 @@ struct Call {
     const Type weights[] = {Type::kF32, Type::kF64, Type::kU8, Type::kBF16, Type::kI32, Type::kF16};
     return name == kWhere         ? Type::kBool
            : name == kIgnoreLabel ? c.labels
+           : c.common             ? Type::kF32
                                   : weights[(c.form + name) % std::size(weights)];
   }
-  bool by_row(int name) const { return (c.form + name) % 4 & 1; }
-  bool by_column(int name) const { return (c.form + name) % 4 & 2; }
+  bool is_one(int name) const { return c.common && name == kIgnoreLabel; }
+  bool by_row(int name) const { return !is_one(name) && (c.form + name) % 4 & 1; }
+  bool by_column(int name) const { return !is_one(name) && (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
-    one_in = 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
+    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
     for (int64_t i = 0; i < size; ++i) logits.set(i, any_logit());
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
-    for (int64_t i = 0; i < smoothings_size; ++i) smoothing.set(i, c.smooth ? i % 5 / 5.0 : 0);
+    for (int64_t i = 0; i < smoothings_size; ++i)
+      smoothing.set(i, c.smooth ? i % 5 / 5.0 : c.common && !c.modifiers ? c.form % 2 * 0.1 : 0);
+    for (int64_t i = 0; c.common && !c.modifiers && c.form > 1 && i < labels_size; ++i)
+      labels.set(i, random_bits() % 8 / 7.0);
     for (int64_t i = 0; i < divisors_size; ++i) {
       const double rare[] = {0, 1e-38, -1e-33, 1e37, INFINITY, NAN};
       const bool is_rare = random_bits() % 8 == 0;
