@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
 from itertools import product
@@ -123,22 +123,24 @@ class Turn:
     approximations: int  # reciprocals and exponentials
     additions: int = 0  # in float64, to a sum
     shared: int = 0  # stores of losses to shared memory, where a tile's rows are summed
+    least: dict[str, int] = field(default_factory=dict)  # how many of other instructions, or more
     loop: int = 0  # of the loops that do this work, from the shortest on
 
     @property
     def work(self) -> Work:
         counts = (self.approximations, 1, self.additions, self.shared, self.stores[1])
-        return (*counts, *self.loads.values())
+        return (*counts, *self.loads.values(), *self.least.values())
 
     def work_of(self, step: Instruction) -> list[Work]:
         """What an instruction may do of this work; an empty list if no turn contains it."""
+        others = [bool(re.match(rf"(@\S+ )?{name}", step.text)) for name in self.least]
         # A load or store under a condition is not always asked for.
         loads, stores = (
             {step.width(what), 0} if step.is_conditional else {step.width(what)}
             for what in ("LDG", "STG")
         )
         return [
-            (*step.kinds, store != 0, *(load == width for width in self.loads))
+            (*step.kinds, store != 0, *(load == width for width in self.loads), *others)
             for load, store in product(loads & {0, *self.loads}, stores & {0, self.stores[0]})
         ]
 
@@ -220,7 +222,12 @@ def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
 
     Predicated instructions count, as they are issued even if their condition is false.
     """
-    ways = (way_in(vote, inside, code, turn) for vote, inside in loops_of(code).items())
+    ways = (
+        way_in(vote, inside, code, turn)
+        for vote, inside in loops_of(code).items()
+        # These loops approximate nothing in vain.
+        if sum(code[place].kinds[0] for place in inside) == turn.approximations
+    )
     found = sorted(filter(None, ways), key=len)
     return found[turn.loop] if turn.loop < len(found) else []
 
@@ -229,6 +236,7 @@ def way_in(vote: int, inside: set[int], code: list[Instruction], turn: Turn) -> 
     """The same in one loop."""
     blocks = blocks_from(vote, code, inside, turn)
     nothing = (0,) * len(turn.work)
+    exact = len(nothing) - len(turn.least)
     leaders = defaultdict(list)
     for first, block in blocks.items():
         for follower in block.followers:
@@ -246,6 +254,7 @@ def way_in(vote: int, inside: set[int], code: list[Instruction], turn: Turn) -> 
         if place != vote or done == nothing:
             for work, follower in product(blocks[place].work, blocks[place].followers):
                 after = add(done, work)
+                after = (*after[:exact], *map(min, after[exact:], turn.least.values()))
                 if all(a <= b for a, b in zip(after, turn.work, strict=True)):
                     yield (follower, after), len(blocks[place].places)
 
@@ -264,7 +273,8 @@ def way_in(vote: int, inside: set[int], code: list[Instruction], turn: Turn) -> 
 
 
 # The loops worth counting: name, dtypes of logits and labels, whether there are modifiers, and the
-# number of elements and the work of a turn.
+# number of elements and the work of a turn. Of modifiers, the selections and products name the way,
+# as its conditions do not.
 LOOPS = {
     "float32": ("float32", "float32", False, 8, Turn({128: 4}, (128, 2), 16, 8)),
     "float32, uint8": ("float32", "uint8", False, 8, Turn({128: 2, 32: 2}, (128, 2), 16, 8)),
@@ -287,6 +297,18 @@ LOOPS = {
     "float32, a weight per class": (
         *("float32", "any", True, 8),
         Turn({128: 6}, (128, 2), 16, 8),
+    ),
+    "float32, weight, pos_weight and sample_weight": (
+        *("float32", "any", True, 8),
+        Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FMUL": 144}),
+    ),
+    "float32, where": (
+        *("float32", "any", True, 8),
+        Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 40}),
+    ),
+    "float32, int32, ignore_label": (
+        *("float32", "any", True, 8),
+        Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 40}),
     ),
     "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
     "bfloat16, uint8, loss alone": (
