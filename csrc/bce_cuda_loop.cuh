@@ -2,10 +2,14 @@
 // thread four at a time (a quad), in the order defined in bce_problem.h. While a thread evaluates
 // some quads, it loads the next ones.
 //
-// A turn is evaluated in one of several ways, the same for the whole warp:
-//   - the fast one: labels 0 and 1, no smoothing, logits within Format::kCommon of 0;
-//   - the general one, for everything else, also the last quads where they are incomplete.
-// For weights, masks and factors that differ between elements there is a loop of its own.
+// A turn is evaluated in one of several ways, the same for the whole warp. Common turns have all of
+// their elements, and logits within Format::kCommon of 0. There are loops for those of
+//   - hard labels, 0 and 1, without smoothing: with and without a gradient, and for results and
+//     operands of any type and alignment;
+//   - soft labels, or hard ones that are smoothed;
+//   - hard labels with a weight, or with any modifiers of the usual types and forms.
+// Where another turn comes, the loop ends, the turn is evaluated on its own, which takes up to
+// three times as long, and the loop begins again behind it.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
@@ -194,8 +198,9 @@ class Loop {
     if constexpr (kModified) {
       if (plan_.inner) {
         row_ = begin / plan_.inner;
+        // Without elements, that of the first octet, as in common_turns.
         column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) +
-                  static_cast<uint32_t>(element_ - begin);
+                  (there_ ? static_cast<uint32_t>(element_ - begin) : threadIdx.x % 8 * kQuad);
       }
     }
     if (kModified && given(kIgnoreLabel) && plan_.common_modifiers) {
@@ -296,21 +301,23 @@ class Loop {
     int at = 0;
     if constexpr (kModified) {
       if constexpr (sizeof(Logit) < 8)
-        at = plan_.uses == 1 << kWeight ? turns<false, true, true, true>(size)
-                                        : turns<false, true>(size);
-    } else if (soft_ && plan_.direct)
+        at = plan_.uses == 1u << kWeight ? turns<false, true, true, true>(size)
+                                         : turns<false, true>(size);
+    } else if (soft_ && !plan_.direct) {
+      soft_ = smoothing_ != 0;  // the next one may be hard again
+    } else if (soft_) {
       at = turns<true, true>(size);
-    else if (soft_)
-      ;  // each turn on its own
-    else if (!plan_.direct || sizeof(Logit) == 8)
+    } else if (!plan_.direct || sizeof(Logit) == 8) {
       at = turns<false, false>(size);
-    else
+    } else {
       at = with_gradient() ? turns<false, true, true>(size) : turns<false, true, false>(size);
+    }
     if (!there_) element_ += octet * 256;
     advance(at);
     return at;
   }
 
+  // kDirect: the results have the logits' type, and all quads are aligned.
   template <bool kSoft, bool kDirect, bool kGradient = true, bool kWeightOnly = false>
   __device__ int turns(int size) {
     point();
