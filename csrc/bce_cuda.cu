@@ -16,8 +16,8 @@ namespace {
 // Thread blocks per multiprocessor: as many as still keep all variables in registers.
 template <class Logit, bool kModified>
 constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2
-                              : kModified        ? 4
-                                                 : 5;
+                              : kModified        ? 3
+                                                 : 4;
 
 template <class Logit, class Label, bool kModified>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
@@ -175,6 +175,8 @@ Factors factors_of(const Problem& problem, const Operand& operand) {
 Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   Plan plan = {};
   const int64_t rows = problem.rows(), columns = problem.columns();
+  const bool in_tiles = problem.reduce && columns <= kGroup;
+  const bool in_rows = problem.reduce && !in_tiles;
   int64_t shape[kMaxRank];
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
   for (int name = 0; name < kModifiersOfAll; ++name) {
@@ -193,14 +195,13 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   plan.divisor = input(problem.divisor), plan.divisor_low = input(problem.divisor_low);
   plan.loss = problem.loss, plan.gradient = problem.gradient;
   plan.reduce = problem.reduce, plan.total = problem.total;
+  plan.losses = in_tiles ? Losses::kTile : in_rows ? Losses::kSum : Losses::kStore;
   plan.inverse_count = problem.inverse_count;
   plan.sums = sums;
 
   Factors factors = Factors::kOne;
   for (const Operand* operand : {&problem.scale, &problem.divisor, &problem.divisor_low})
     if (const Factors own = factors_of(problem, *operand); own > factors) factors = own;
-  const bool in_tiles = problem.reduce && columns <= kGroup;
-  const bool in_rows = problem.reduce && !in_tiles;
   if (factors == Factors::kOneForRow && !in_rows) factors = Factors::kAny;
   plan.factors = factors;
   plan.rows = problem.reduce ? rows : 1;
@@ -216,8 +217,42 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
     plan.groups_in_row = (plan.columns + kGroup - 1) / kGroup;
     plan.count = static_cast<int>(plan.rows * plan.groups_in_row);
   }
+  plan.dense = plan.logits.form == Form::kEach &&
+               (plan.labels.form == Form::kEach || plan.labels.form == Form::kOne);
+  const auto aligned = [](const void* data, Type type) {
+    return !data || is_aligned(data, kQuad * width_of(type));
+  };
+  // Groups begin with rows.
+  plan.aligned = (in_tiles        ? plan.tile_rows * columns
+                  : plan.rows > 1 ? columns
+                                  : 0) %
+                         kQuad ==
+                     0 &&
+                 aligned(plan.logits.data, plan.logits.type) &&
+                 (plan.labels.form == Form::kOne || aligned(plan.labels.data, plan.labels.type)) &&
+                 aligned(plan.gradient.data, plan.gradient.type) &&
+                 (plan.reduce || aligned(plan.loss.data, plan.loss.type));
+  const auto fits = [&](const Result& result) {
+    return !result.data || result.type == problem.logits.type;
+  };
+  plan.direct = plan.aligned && fits(plan.gradient) && (plan.reduce || fits(plan.loss));
+  plan.common_modifiers = plan.direct && !plan.total && factors != Factors::kAny &&
+                          plan.smoothing.form == Form::kOne &&
+                          (plan.inner == 0 || rows * columns / plan.inner < int64_t{1} << 31);
+  plan.whole_quads = plan.inner % kQuad == 0;
+  for (int name = 0; name < kModifiers; ++name) {
+    const Input& input = plan.modifiers[name];
+    if (!input.data) continue;
+    plan.uses |= 1u << name;
+    const bool usual = name == kIgnoreLabel ? input.form == Form::kOne && width_of(input.type) < 8
+                       : name == kWhere     ? width_of(input.type) == 1
+                                            : input.type == Type::kF32;
+    plan.common_modifiers = plan.common_modifiers && usual && input.form != Form::kOther;
+    if (input.form == Form::kEach || input.form == Form::kByColumn)
+      plan.whole_quads = plan.whole_quads && aligned(input.data, input.type);
+  }
   *modified = problem.modified || problem.total || factors == Factors::kAny ||
-              plan.smoothing.form != Form::kOne || !plan.is_dense();
+              plan.smoothing.form != Form::kOne || !plan.dense;
   return plan;
 }
 

@@ -2,10 +2,14 @@
 // thread four at a time (a quad), in the order defined in bce_problem.h. While a thread evaluates
 // some quads, it loads the next ones.
 //
-// A turn is evaluated in one of several ways, the same for the whole warp:
-//   - the fast one: labels 0 and 1, no smoothing, logits within Format::kCommon of 0;
-//   - the general one, for everything else, also the last quads where they are incomplete.
-// For weights, masks and factors that differ between elements there is a loop of its own.
+// A turn is evaluated in one of several ways, the same for the whole warp. Common turns have all of
+// their elements, and logits within Format::kCommon of 0. There are loops for those of
+//   - hard labels, 0 and 1, without smoothing: with and without a gradient, and for results and
+//     operands of any type and alignment;
+//   - soft labels, or hard ones that are smoothed;
+//   - hard labels with a weight, or with any modifiers of the usual types and forms.
+// Where another turn comes, the loop ends, the turn is evaluated on its own, which takes up to
+// three times as long, and the loop begins again behind it.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
@@ -21,7 +25,7 @@ constexpr int kWarp = kFold, kWarps = 4, kThreads = kWarp * kWarps;
 // Where an operand's number for an element of the results is: there is only one; each has its own;
 // all elements of a column, or of a row, share it (of the matrix with Plan::inner columns); or only
 // the strides tell.
-enum class Form : uint8_t { kOne, kEach, kByColumn, kByRow, kOther };
+enum class Form : int { kOne, kEach, kByColumn, kByRow, kOther };
 
 struct Input : Modifier {
   Form form = Form::kOne;
@@ -43,11 +47,15 @@ struct Input : Modifier {
 // What has the same factor.
 enum class Factors : uint8_t { kOne, kOneForRow, kAny };
 
+// What happens to the losses: they are added up, left in the tile, or stored.
+enum class Losses { kSum, kTile, kStore };
+
 // A Problem as the kernels need it.
 struct Plan {
   Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiersOfAll];
   Result loss, gradient;
   bool reduce, total;
+  Losses losses;
   Factors factors;
   double inverse_count;
   int64_t rows, columns, groups_in_row;
@@ -56,11 +64,14 @@ struct Plan {
   double* sums;   // of groups
   // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
   uint32_t inner, magic, shift;
-
-  // Whether logits and labels are in memory as in the results, or there is one label.
-  BCE_INLINE bool is_dense() const {
-    return logits.form == Form::kEach && (labels.form == Form::kEach || labels.form == Form::kOne);
-  }
+  // Whether logits and labels are in memory as in the results, or there is one label; whether also
+  // all quads are aligned, so that each takes one transfer; and whether the results have the
+  // logits' type, too.
+  bool dense, aligned, direct;
+  // Whether modifiers are of the usual types and forms, so that common turns may have them; and
+  // whether four elements of a quad have theirs next to each other, or one.
+  bool common_modifiers, whole_quads;
+  uint32_t uses;  // a bit for each modifier there is
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
@@ -89,63 +100,42 @@ class Loop {
       : plan_(plan),
         smoothing_(plan.smoothing.form == Form::kOne
                        ? *static_cast<const Scalar*>(plan.smoothing.data)
-                       : Scalar(0)) {}
+                       : Scalar(0)),
+        smoothed_{coefficient_of<L>(Scalar(-1), Scalar(0), smoothing_),
+                  coefficient_of<L>(Scalar(1), Scalar(0), smoothing_)},
+        soft_(smoothing_ != 0) {}
 
   __device__ void set_factor(const Factor<Scalar>& factor) {
     zero_ = factor.is_zero();
     rest_ = factor.rest;
     power_ = static_cast<Scalar>(factor.power);
+    divisor_ = L::reciprocal(rest_);
     usual_ = is_usual();
   }
 
   // Evaluates the warp's elements from `begin` on. Of a reduced problem, returns the thread's sum,
   // or puts the losses into the tile from `place` on.
   __device__ double evaluate(int64_t begin, int size, int place) {
-    const int octet = threadIdx.x % kWarp / 8, first = octet * 256 + threadIdx.x % 8 * kQuad;
-    const int behind = octet * 256 + 256;
-    left_ = (size < behind ? size : behind) - first;
-    element_ = begin + first;
-    place_ = place + first;
+    // Eight threads take 256 elements, an octet. Only the last one may have fewer.
+    const int octet = threadIdx.x % kWarp / 8, within = threadIdx.x % 8 * kQuad;
+    const int octets = (size + 255) / 256, last = size - (octets - 1) * 256;
+    there_ = octet < octets;
+    left_ = (octet < octets - 1 ? 256 : there_ ? last : 0) - within;
+    element_ = begin + octet * 256 + within;
+    place_ = place + octet * 256 + within;
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) high_[c] = 0, low_[c] = 0;
-    const int turns = ((size < 256 ? size : 256) + kStep - 1) / kStep;
     if (plan_.factors != Factors::kAny && zero_) {
-      clear(turns);
+      clear();
       return 0;
     }
-    const int label_bytes = width_of(plan_.labels.type);
-    aligned_ = is_aligned(logits() + element_) &&
-               (plan_.labels.form != Form::kEach ||
-                is_aligned(static_cast<const char*>(plan_.labels.data) + element_ * label_bytes,
-                           kQuad * label_bytes));
-    fetches_ = !kModified || plan_.is_dense();
-    if constexpr (kModified) {
-      if (plan_.inner) {
-        row_ = begin / plan_.inner;
-        column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) + first;
-      }
+    prepare(begin);
+    const int end = octets > 1 ? 256 : last, whole = last / kStep * kStep;
+    for (int at = 0; at < end; at += kStep) {
+      if (at < whole) at += common_turns(whole - at, octet);
+      if (at < end) any_turn();
     }
-    if (plan_.labels.form == Form::kOne) {
-      BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        labels_[q] = {};
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
-      }
-    }
-    if (fetches_ && is_full()) fetch(element_);
-#pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
-      if (fetches_ && !is_full()) gather();
-      if constexpr (kModified)
-        modified_turn();
-      else
-        plain_turn();
-      left_ -= kStep;
-      element_ += kStep;
-      place_ += kStep;
-      if constexpr (kModified) column_ += kStep;
-    }
+    if (!there_) return 0;
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
     return (high_[0] + high_[2]) + (high_[1] + high_[3]);
@@ -153,9 +143,11 @@ class Loop {
 
  private:
   using L = Lane<Scalar>;
-  static constexpr bool kNarrow = sizeof(Logit) == 2, kAny = std::is_same_v<Label, Any>;
+  static constexpr bool kAny = std::is_same_v<Label, Any>;
+  // 16-bit logits without modifiers: of four, labels turn two words, and the formulas are shorter.
+  static constexpr bool kNarrow = sizeof(Logit) == 2 && !kModified;
   // Quads evaluated together while as many more are loaded.
-  static constexpr int kQuads = sizeof(Logit) == 8 || kModified             ? 1
+  static constexpr int kQuads = sizeof(Logit) == 8                          ? 1
                                 : kNarrow && std::is_same_v<Label, uint8_t> ? 4
                                                                             : 2;
   static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
@@ -165,10 +157,19 @@ class Loop {
   __device__ const Logit* logits() const { return static_cast<const Logit*>(plan_.logits.data); }
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
+  __device__ bool given(ModifierName name) const { return plan_.modifiers[name].data; }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
+  __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
 
-  // Whether the fast way multiplies by the factor and rounds as it should. A gradient of 16-bit
+  __device__ void advance(int elements) {
+    left_ -= elements;
+    element_ += elements;
+    place_ += elements;
+    if constexpr (kModified) column_ += elements;
+  }
+
+  // Whether common turns multiply by the factor and round as they should. A gradient of 16-bit
   // logits may be float32, to be scaled before it is rounded.
   __device__ bool is_usual() const {
     const auto fits = [](const Result& result) {
@@ -176,51 +177,72 @@ class Loop {
     };
     bool usual = power_ == 1 && (plan_.reduce || fits(plan_.loss));
     if constexpr (kNarrow) {
-      const Scalar divisor = L::magnitude(L::reciprocal(rest_));
-      return usual && divisor > 0x1p-60f && divisor < 0x1p60f &&
-             (fits(plan_.gradient) || plan_.gradient.type == Type::kF32);
+      const Scalar divisor = L::magnitude(divisor_);
+      usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
     }
-    return usual && fits(plan_.gradient);
+    return usual &&
+           (fits(plan_.gradient) || (sizeof(Logit) == 2 && plan_.gradient.type == Type::kF32));
   }
 
-  __device__ void clear(int turns) {
+  __device__ void clear() {
     const Scalar zeros[kQuad] = {};
 #pragma unroll 1
-    for (int quad = 0; quad < turns * kQuads && left_ > 0; ++quad) {
+    for (; left_ > 0; advance(32)) {
       if (with_loss() && !plan_.reduce) store(plan_.loss, element_, left_, zeros);
       if (with_gradient()) store(plan_.gradient, element_, left_, zeros);
-      left_ -= 32;
-      element_ += 32;
     }
   }
 
-  // Loads `count` quads from the element `at` on, the first into number q.
-  __device__ void fetch(int64_t at, int q = 0, int count = kQuads) {
-    // One branch for all, so that a turn does not issue the loads of the other kind.
-    if (aligned_)
-      fetch_as<true>(at, q, count);
-    else
-      fetch_as<false>(at, q, count);
-  }
-  template <bool kAligned>
-  __device__ void fetch_as(int64_t at, int q, int count) {
-    BCE_UNROLL
-    for (int i = 0; i < count; ++i)
-      logits_[q + i] = Quad<Logit>::load(logits() + at + 32 * i, kAligned);
-    if (plan_.labels.form != Form::kEach) return;
-    BCE_UNROLL
-    for (int i = 0; i < count; ++i) {
-      if constexpr (kAny)
-        labels_[q + i].load(plan_.labels.type, plan_.labels.data, at + 32 * i, kAligned);
-      else
-        labels_[q + i] =
-            Quad<Label>::load(static_cast<const Label*>(plan_.labels.data) + at + 32 * i, kAligned);
+  // What all turns of the elements from `begin` on share.
+  __device__ void prepare(int64_t begin) {
+    if constexpr (kModified) {
+      if (plan_.inner) {
+        row_ = begin / plan_.inner;
+        // Without elements, that of the first octet, as in common_turns.
+        column_ = static_cast<uint32_t>(begin - row_ * plan_.inner) +
+                  (there_ ? static_cast<uint32_t>(element_ - begin) : threadIdx.x % 8 * kQuad);
+      }
+    }
+    if (kModified && given(kIgnoreLabel) && plan_.common_modifiers) {
+      const Input& input = plan_.modifiers[kIgnoreLabel];
+      ignored_ = width_of(input.type) == 4   ? *static_cast<const uint32_t*>(input.data)
+                 : width_of(input.type) == 1 ? *static_cast<const uint8_t*>(input.data)
+                                             : 0;
+      ignored_number_ = number_at<Scalar>(input.data, input.type, 0);
+    }
+    if (plan_.labels.form == Form::kOne) {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        labels_[q] = {};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
+      }
     }
   }
-  // Whether the next turn is fetched while this one is evaluated.
-  __device__ bool has_next() const { return fetches_ && left_ >= kStep + kLast; }
-  __device__ void fetch_next() {
-    if (has_next()) fetch(element_ + kStep);
+
+  __device__ void point() {
+    logits_from_ = in_register(logits() + element_);
+    if constexpr (kAny)
+      labels_from_ = in_register(static_cast<const char*>(plan_.labels.data) +
+                                 element_ * width_of(plan_.labels.type));
+    else
+      labels_from_ = in_register(static_cast<const Label*>(plan_.labels.data) + element_);
+    gradient_to_ = in_register(static_cast<Logit*>(plan_.gradient.data) + element_);
+  }
+
+  // Loads a turn, in the distance `at` from the thread's element.
+  __device__ void fetch(int at, bool aligned) {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q)
+      logits_[q] = Quad<Logit>::load(logits_from_ + at + 32 * q, aligned);
+    if (plan_.labels.form != Form::kEach) return;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      if constexpr (kAny)
+        labels_[q].load(plan_.labels.type, labels_from_, at + 32 * q, aligned);
+      else
+        labels_[q] = Quad<Label>::load(labels_from_ + at + 32 * q, aligned);
+    }
   }
   __device__ void set_label(int q, int c, int64_t at) {
     if constexpr (kAny)
@@ -257,192 +279,458 @@ class Loop {
 
   __device__ static bool is_common(Scalar x) { return L::magnitude(x) <= Format<Scalar>::kCommon; }
 
-  // Adds up the losses of a quad, or puts them into the tile.
-  __device__ void keep(int q, const Pair<Scalar>* losses) {
-    if (plan_.tile_rows) {
-      constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
-      uint4 vectors[kVectors];
-      memcpy(vectors, losses, sizeof vectors);
-      BCE_UNROLL
-      for (int i = 0; i < kVectors; ++i)
-        reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + 32 * q))[i] = vectors[i];
+  // A turn as the loops of common turns take it: logits, turned to a label of 0, and what labels of
+  // 1 turn: factors of 1 and -1, or the sign bits of pairs of 16-bit numbers. Or, if labels are
+  // soft, logits and labels as they are.
+  template <bool kSoft>
+  struct Turn {
+    Scalar x[kQuads][kQuad];
+    std::conditional_t<kNarrow && !kSoft, uint32_t[kQuads][2], Scalar[kQuads][kQuad]> labels;
+    typename L::Bits soft = 0;  // 0 if all labels are 0 or 1
+    uint32_t ignored = 0;       // a bit for each
+    bool common = true;
+  };
+
+  // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
+  // kind of turn.
+  __device__ int common_turns(int size, int octet) {
+    if (!usual_ || !plan_.dense) return 0;
+    if (kModified && (!plan_.common_modifiers || smoothing_ != 0 || sizeof(Logit) == 8)) return 0;
+    // A thread without elements evaluates those of the first octet once more, and keeps nothing.
+    if (!there_) element_ -= octet * 256;
+    int at = 0;
+    if constexpr (kModified) {
+      if constexpr (sizeof(Logit) < 8)
+        at = plan_.uses == 1u << kWeight ? turns<false, true, true, true>(size)
+                                         : turns<false, true>(size);
+    } else if (soft_ && !plan_.direct) {
+      soft_ = smoothing_ != 0;  // the next one may be hard again
+    } else if (soft_) {
+      at = turns<true, true>(size);
+    } else if (!plan_.direct || sizeof(Logit) == 8) {
+      at = turns<false, false>(size);
     } else {
+      at = with_gradient() ? turns<false, true, true>(size) : turns<false, true, false>(size);
+    }
+    if (!there_) element_ += octet * 256;
+    advance(at);
+    return at;
+  }
+
+  // kDirect: the results have the logits' type, and all quads are aligned.
+  template <bool kSoft, bool kDirect, bool kGradient = true, bool kWeightOnly = false>
+  __device__ int turns(int size) {
+    point();
+    fetch(0, kDirect || plan_.aligned);
+    int at = 0;
+#pragma unroll 1
+    for (; at < size; at += kStep) {
+      Turn<kSoft> turn;
+      if constexpr (kSoft)
+        read(&turn);
+      else
+        read_turned<kModified && !kWeightOnly>(&turn);
+      const bool is_hard = turn.soft == 0;
+      if (any_of_warp(!turn.common || !(is_hard || (kSoft && (kNarrow || smoothing_ == 0))))) {
+        if (!kSoft) soft_ = any_of_warp(!is_hard);
+        return at;
+      }
+      // Without a condition, as that would take copies of all registers: the last turn loads its
+      // own quads again.
+      fetch(at + kStep < size ? at + kStep : at, kDirect || plan_.aligned);
+      Scalar sums[kQuad] = {};
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        if constexpr (kSoft)
+          evaluate_soft(at + 32 * q, turn.x[q], turn.labels[q]);
+        else if constexpr (kModified)
+          evaluate_weighted<kWeightOnly>(at + 32 * q, turn.x[q], turn.labels[q],
+                                         turn.ignored >> 4 * q);
+        else if constexpr (kNarrow)
+          evaluate_narrow<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q], sums);
+        else
+          evaluate_turned<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q]);
+      }
+      // Common losses cannot overflow, and these few additions lose less than the contract allows.
+      if constexpr (kNarrow && !kSoft) high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    }
+    if (kSoft) {
+      Turn<false> turn;
+      read_turned(&turn);
+      soft_ = smoothing_ != 0 || any_of_warp(turn.soft != 0);
+    }
+    return at;
+  }
+
+  __device__ void read(Turn<true>* turn) const {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const Scalar x = convert(logits_[q].get(c)), y = label(labels_[q], c);
+        turn->x[q][c] = x, turn->labels[q][c] = y;
+        turn->common &= is_common(x) && L::magnitude(y) <= 1;
+        if (kNarrow) turn->common &= y >= 0;
+        turn->soft |= L::to_bits(L::fma(y, y, -y));
+      }
+    }
+  }
+
+  // kIgnores: an ignored label counts as 0.
+  template <bool kIgnores = false>
+  __device__ void read_turned(Turn<false>* turn) const {
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      const Quad<Logit>& logits = logits_[q];
+      auto* labels = turn->labels[q];
+      if constexpr (kNarrow) {
+        if constexpr (std::is_same_v<Label, uint8_t>) {
+          const uint32_t word = labels_[q].vectors[0];
+          labels[0] = __byte_perm(word << 7, 0, 0x1404);
+          labels[1] = __byte_perm(word << 7, 0, 0x3424);
+          turn->soft |= word & 0xfefefefe;
+        } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
+          const uint2 words = labels_[q].vectors[0];
+          const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
+            const uint32_t signs = ones << 8 & 0x80008000;
+            turn->soft |= ones ^ (signs >> 8) * 0x7f;
+            return signs;
+          };
+          labels[0] = sign(words.x), labels[1] = sign(words.y);
+        } else {
+          labels[0] = labels[1] = 0;
+          BCE_UNROLL
+          for (int c = 0; c < kQuad; ++c) {
+            const Scalar y = label(labels_[q], c);
+            turn->soft |= L::to_bits(L::fma(y, y, -y));
+            if (y == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+          }
+        }
+        const uint32_t pairs[] = {in_register(logits.vectors[0].x ^ labels[0]),
+                                  in_register(logits.vectors[0].y ^ labels[1])};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = convert_pair(Logit(), pairs[c / 2], c % 2);
+      } else {
+        if constexpr (std::is_same_v<Label, uint8_t>)
+          turn_by_bytes<kIgnores>(labels_[q].vectors[0], q, turn);
+        else if (kAny && width_of(plan_.labels.type) == 1)
+          turn_by_bytes<kIgnores>(word_of(labels_[q]), q, turn);
+        else
+          turn_by_numbers<kIgnores>(q, turn);
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          turn->x[q][c] = in_register(convert(logits.get(c)) * labels[c]);
+      }
+      if constexpr (!kNarrow) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) turn->common &= is_common(turn->x[q][c]);
+      }
+    }
+    if constexpr (kNarrow) {
+      uint32_t largest = 0;
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q)
+        largest = with_pair(with_pair(largest, logits_[q].vectors[0].x), logits_[q].vectors[0].y);
+      turn->common = all_within(largest, bits_of<Logit>(Format<Scalar>::kCommon));
+    }
+  }
+
+  __device__ static uint32_t word_of(const Labels& labels, int i = 0) {
+    if constexpr (kAny)
+      return labels.word(i);
+    else
+      return 0;
+  }
+
+  template <bool kIgnores>
+  __device__ void turn_by_bytes(uint32_t word, int q, Turn<false>* turn) const {
+    if (kIgnores && uses(kIgnoreLabel)) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        if ((word >> 8 * c & 0xff) != ignored_) continue;
+        turn->ignored |= 1u << (kQuad * q + c);
+        word &= ~(0xffu << 8 * c);
+      }
+    }
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c)
+      turn->labels[q][c] = L::from_bits(L::to_bits(1) | typename L::Bits{word >> 8 * c & 1}
+                                                            << (8 * sizeof(Scalar) - 1));
+    turn->soft |= word & 0xfefefefe;
+  }
+
+  template <bool kIgnores>
+  __device__ void turn_by_numbers(int q, Turn<false>* turn) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      Scalar y = label(labels_[q], c);
+      if (kIgnores && uses(kIgnoreLabel)) {
+        const bool ignored = plan_.labels.type == Type::kI32 ? word_of(labels_[q], c) == ignored_
+                                                             : y == ignored_number_;
+        turn->ignored |= ignored ? 1u << (kQuad * q + c) : 0;
+        y = ignored ? 0 : y;
+      }
+      turn->labels[q][c] = in_register(turn_of<L>(y));
+      turn->soft |= L::to_bits(L::fma(y, y, -y));
+    }
+  }
+
+  // Adds up the losses of a quad, or puts them into the tile, or else calls `store`.
+  template <class Store>
+  __device__ void keep(int at, const Pair<Scalar>* losses, const Store& store) {
+    if (plan_.losses == Losses::kSum) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         high_[c] += losses[c].high;
         low_[c] += losses[c].low;
       }
+    } else if (plan_.losses == Losses::kTile) {
+      constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
+      uint4 vectors[kVectors];
+      memcpy(vectors, losses, sizeof vectors);
+      BCE_UNROLL
+      for (int i = 0; i < kVectors; ++i)
+        reinterpret_cast<uint4*>(tile<Scalar>() + spread(place_ + at))[i] = vectors[i];
+    } else if (with_loss()) {
+      store();
     }
   }
 
-  // A turn without modifiers.
-  __device__ void plain_turn() {
-    Scalar z[kQuads][kQuad];
-    Turns turns[kQuads];
-    typename L::Bits soft = 0;
-    bool common = true;
+  template <bool kDirect, bool kGradient>
+  __device__ void evaluate_turned(int at, const Scalar* z, const Scalar* turns) {
+    Exponential<L> exponential[kQuad];
     BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      soft |= turn(q, z[q], &turns[q]);
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
+    Pair<Scalar> losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
+    keep(at, losses, [&] {
+      Scalar values[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) common &= is_common(z[q][c]);
+      for (int c = 0; c < kQuad; ++c) values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
+      put<kDirect>(plan_.loss, at, Quad<Logit>::rounded(values));
+    });
+    if (kGradient && (kDirect || with_gradient())) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = rest_ * turns[c] *
+                    rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
+      put<kDirect>(plan_.gradient, at, Quad<Logit>::rounded(values));
     }
-    const bool fast = is_full() && common && soft == 0 && smoothing_ == 0 && usual_;
-    if (__any_sync(0xffffffff, left_ > 0 && !fast)) {
-      general_turn();
-      return;
-    }
-    // Without a condition, as that would take copies of all registers: the last turn loads its own
-    // quads again, and a thread that has none those of the first thread, which has some.
-    const int first = threadIdx.x % kWarp / 8 * 256 + threadIdx.x % 8 * kQuad;
-    fetch(element_ + (has_next() ? kStep : is_full() ? 0 : -first));
-    if (!is_full()) return;
-    if constexpr (kNarrow)
-      evaluate_narrow(z, turns);
-    else
-      evaluate_common(z, turns);
   }
 
-  // What a label of 1 turns: the sign bits of pairs of 16-bit numbers, or factors of 1 and -1.
-  struct Turns {
-    std::conditional_t<kNarrow, uint32_t, Scalar> by[kNarrow ? 2 : kQuad];
-  };
-
-  // Turns the logits of a quad. Returns 0 if all labels are 0 or 1.
-  __device__ typename L::Bits turn(int q, Scalar* z, Turns* turns) const {
-    const Quad<Logit>& logits = logits_[q];
-    typename L::Bits soft = 0;
-    if constexpr (kNarrow) {
-      if constexpr (std::is_same_v<Label, uint8_t>) {
-        const uint32_t word = labels_[q].vectors[0];
-        turns->by[0] = __byte_perm(word << 7, 0, 0x1404);
-        turns->by[1] = __byte_perm(word << 7, 0, 0x3424);
-        soft = word & 0xfefefefe;
-      } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
-        const uint2 words = labels_[q].vectors[0];
-        const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
-          const uint32_t signs = ones << 8 & 0x80008000;
-          soft |= ones ^ (signs >> 8) * 0x7f;
-          return signs;
-        };
-        turns->by[0] = sign(words.x), turns->by[1] = sign(words.y);
-      } else {
-        turns->by[0] = turns->by[1] = 0;
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) {
-          const Scalar y = label(labels_[q], c);
-          soft |= L::to_bits(L::fma(y, y, -y));
-          if (y == 1) turns->by[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
-        }
-      }
+  // With modifiers. `masked` has a bit for each element that is to be ignored.
+  template <bool kWeightOnly>
+  __device__ void evaluate_weighted(int at, const Scalar* z, const Scalar* turns, uint32_t masked) {
+    Pair<Scalar> weight[kQuad];
+    if constexpr (kWeightOnly) {
+      Scalar numbers[kQuad];
+      load_quad(plan_.modifiers[kWeight], at, numbers);
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const uint32_t pair = c < 2 ? logits.vectors[0].x : logits.vectors[0].y;
-        z[c] = convert_pair(Logit(), pair ^ turns->by[c / 2], c % 2);
+      for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
+    } else {
+      load_weights(at, turns, weight, &masked);
+    }
+    Exponential<L> exponential[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
+    Pair<Scalar> losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
+    const auto put_weighted = [&](const Result& result, Scalar* values) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] = weighted<L, true>({values[c], 0}, weight[c].high).high * rest_;
+      if (!kWeightOnly &&
+          (uses(kWhere) || uses(kIgnoreLabel))) {  // a NaN or negative factor would show
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) values[c] = masked >> c & 1 ? 0 : values[c];
       }
+      put<true>(result, at, Quad<Logit>::rounded(values));
+    };
+    Pair<Scalar> products[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) products[c] = weighted<L, true>(losses[c], weight[c]);
+    Scalar values[kQuad];
+    keep(at, products, [&] {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = rounded_once(losses[c], kTypeOf<Logit>);
+      put_weighted(plan_.loss, values);
+    });
+    if (with_gradient()) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        values[c] =
+            turns[c] * rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
+      put_weighted(plan_.gradient, values);
+    }
+  }
+
+  __device__ bool uses(ModifierName name) const { return plan_.uses >> name & 1; }
+
+  // The weights of a quad, 0 if masked. They are loaded where they are needed: other warps evaluate
+  // meanwhile.
+  __device__ void load_weights(int at, const Scalar* turns, Pair<Scalar>* weight,
+                               uint32_t* masked) const {
+    const auto load = [&](ModifierName name, auto* numbers) {
+      load_quad(plan_.modifiers[name], at, numbers);
+    };
+    Scalar numbers[kQuad] = {1, 1, 1, 1};
+    if (uses(kWeight)) load(kWeight, numbers);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
+    if (uses(kSampleWeight)) {
+      load(kSampleWeight, numbers);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) weight[c] = product_of<L>(weight[c], numbers[c]);
+    }
+    if (uses(kPosWeight)) {
+      load(kPosWeight, numbers);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        weight[c] = weight_of<L>(weight[c], numbers[c], turns[c] < 0 ? 1 : 0, 0).weight;
+    }
+    if (uses(kWhere)) {
+      uint8_t where[kQuad];
+      load(kWhere, where);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) *masked |= where[c] ? 0 : 1u << c;
+    }
+    if (uses(kWhere) || uses(kIgnoreLabel)) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        if (*masked >> c & 1) weight[c] = {0, 0};
+    }
+  }
+
+  // A modifier's numbers, from the element in the distance `at`, or its column or row.
+  template <class Number>
+  __device__ void load_quad(const Input& input, int at, Number* numbers) const {
+    const Number* data = static_cast<const Number*>(input.data);
+    const auto load = [&](const Number* from) {
+      const auto quad = __ldg(reinterpret_cast<const typename Quad<Number>::Vector*>(from));
+      memcpy(numbers, &quad, sizeof quad);
+    };
+    const auto row_of = [&](uint32_t column) {
+      return __umulhi(column, plan_.magic) >> plan_.shift;
+    };
+    const uint32_t column = column_ + at, row = row_of(column);
+    if (plan_.whole_quads && input.form == Form::kByColumn) {
+      load(data + (column - row * plan_.inner));
+    } else if (plan_.whole_quads && input.form == Form::kEach) {
+      load(data + element_ + at);
+    } else if (plan_.whole_quads || input.form == Form::kOne) {
+      const Number number = __ldg(data + (input.form == Form::kOne ? 0 : row_ + row));
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) numbers[c] = number;
     } else {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        if constexpr (std::is_same_v<Label, uint8_t>) {
-          const uint32_t word = labels_[q].vectors[0];
-          turns->by[c] = L::from_bits(L::to_bits(1) | (word << (31 - 8 * c) & 0x80000000));
-          soft |= word & 0xfefefefe;
-        } else {
-          const Scalar y = label(labels_[q], c);
-          turns->by[c] = turn_of<L>(y);
-          soft |= L::to_bits(L::fma(y, y, -y));
-        }
-        z[c] = convert(logits.get(c)) * turns->by[c];
+        const uint32_t row = row_of(column + c);
+        numbers[c] = __ldg(data + (input.form == Form::kEach       ? element_ + at + c
+                                   : input.form == Form::kByColumn ? column + c - row * plan_.inner
+                                                                   : row_ + row));
       }
     }
-    return soft;
   }
 
-  __device__ void evaluate_common(const Scalar (*z)[kQuad], const Turns* turns) {
+  template <bool kDirect, bool kGradient>
+  __device__ void evaluate_narrow(int at, const Scalar* z, const uint32_t* signs, Scalar* sums) {
+    Narrow<L> narrow[kQuad];
     BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
+    for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L, kDigits>(z[c]);
+    Scalar losses[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) losses[c] = L::fma(2, narrow[c].half_log1p, L::max(z[c], 0));
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) sums[c] += losses[c];
+    if (plan_.losses != Losses::kSum) {
+      Pair<Scalar> pairs[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) pairs[c] = {losses[c], 0};
+      keep(at, pairs, [&] {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) losses[c] *= rest_;
+        put<kDirect>(plan_.loss, at, pairs_of(losses));
+      });
+    }
+    if (kGradient && (kDirect || with_gradient())) {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = hard_gradient_of<L>(z[c], narrow[c].e, divisor_);
+      if (kDirect || plan_.gradient.type == kTypeOf<Logit>) {
+        Quad<Logit> quad = pairs_of(values);
+        quad.vectors[0].x ^= signs[0];
+        quad.vectors[0].y ^= signs[1];
+        put<kDirect>(plan_.gradient, at, quad);
+      } else {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          const uint32_t sign = signs[c / 2] << (c % 2 ? 0 : 16) & 0x80000000;
+          values[c] = L::from_bits(L::to_bits(values[c]) ^ sign);
+        }
+        put<kDirect>(plan_.gradient, at, Quad<Scalar>::rounded(values));
+      }
+    }
+  }
+
+  __device__ void evaluate_soft(int at, const Scalar* x, const Scalar* y) {
+    Pair<Scalar> losses[kQuad];
+    Scalar gradients[kQuad];
+    if constexpr (kNarrow) {
+      const Scalar smoothing[kQuad] = {smoothing_, smoothing_, smoothing_, smoothing_};
+      evaluate_narrow_quad<true>(x, y, smoothing, losses, gradients);
+    } else {
       Exponential<L> exponential[kQuad];
+      Pair<Scalar> coefficients[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[q][c]);
-      if (with_loss()) {
-        Pair<Scalar> losses[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[q][c], exponential[c]);
-        if (plan_.reduce) {
-          keep(q, losses);
-        } else {
-          Scalar values[kQuad];
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c)
-            values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
-          store_fast(plan_.loss, q, Quad<Logit>::rounded(values));
-        }
+      for (int c = 0; c < kQuad; ++c) {
+        exponential[c] = exp_of<L, true>(x[c]);
+        coefficients[c] = coefficient_of<L>(x[c], y[c]);
       }
-      if (with_gradient()) {
-        Scalar values[kQuad];
+      if (smoothing_ != 0) {  // then they are 0 or 1
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c)
-          values[c] = rest_ * turns[q].by[c] *
-                      rounded_once(turned_gradient_of<L>(z[q][c], exponential[c]), kTypeOf<Logit>);
-        store_fast(plan_.gradient, q, Quad<Logit>::rounded(values));
+          coefficients[c] = coefficients[c].high == 0 ? smoothed_[0] : smoothed_[1];
       }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        losses[c] = loss_from<L, true>(x[c], coefficients[c], log1p_of<L>(exponential[c]), 1);
+        if (!plan_.reduce) losses[c].high = rounded_once(losses[c], kTypeOf<Logit>) * rest_;
+      }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        gradients[c] =
+            rounded_once(gradient_from<L>(x[c], coefficients[c], sigmoid_of<L>(exponential[c]), 1),
+                         kTypeOf<Logit>) *
+            rest_;
+    }
+    keep(at, losses, [&] {
+      Scalar values[kQuad];
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = losses[c].high;
+      put<true>(plan_.loss, at, Quad<Logit>::rounded(values));
+    });
+    if (with_gradient()) {
+      put<true>(plan_.gradient, at, Quad<Logit>::rounded(gradients));
     }
   }
 
-  __device__ void evaluate_narrow(const Scalar (*z)[kQuad], const Turns* turns) {
-    const Scalar divisor = L::reciprocal(rest_);
-    Scalar sums[kQuad] = {};
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      Narrow<L> narrow[kQuad];
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) narrow[c] = narrow_of<L, kDigits>(z[q][c]);
-      if (with_loss()) {
-        Scalar loss[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          loss[c] = L::fma(2, narrow[c].half_log1p, L::max(z[q][c], 0));
-        if (!plan_.reduce) {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) loss[c] *= rest_;
-          store_fast(plan_.loss, q, pairs_of(loss));
-        } else if (plan_.tile_rows) {
-          Pair<Scalar> losses[kQuad];
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) losses[c] = {loss[c], 0};
-          keep(q, losses);
-        } else {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) sums[c] += loss[c];
-        }
-      }
-      if (with_gradient()) {
-        Scalar values[kQuad];
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          values[c] = hard_gradient_of<L>(z[q][c], narrow[c].e, divisor);
-        if (plan_.gradient.type == kTypeOf<Logit>) {
-          Quad<Logit> quad = pairs_of(values);
-          quad.vectors[0].x ^= turns[q].by[0];
-          quad.vectors[0].y ^= turns[q].by[1];
-          store_fast(plan_.gradient, q, quad);
-        } else {
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            const uint32_t sign = turns[q].by[c / 2] << (c % 2 ? 0 : 16) & 0x80000000;
-            values[c] = L::from_bits(L::to_bits(values[c]) ^ sign);
-          }
-          store_quad(plan_.gradient.data, element_ + 32 * q, kQuad, Quad<Scalar>::rounded(values));
-        }
-      }
-    }
-    // Common losses cannot overflow, and these few additions lose less than the contract allows.
-    if (with_loss() && plan_.reduce && !plan_.tile_rows)
-      high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
-  }
-
-  __device__ void store_fast(const Result& result, int q, const Quad<Logit>& quad) {
-    store_quad(result.data, element_ + 32 * q, kQuad, quad);
+  // Stores a quad in the distance `at` from the thread's element.
+  template <bool kDirect, class Stored>
+  __device__ void put(const Result& result, int at, const Quad<Stored>& quad) const {
+    Stored* to;
+    if constexpr (std::is_same_v<Stored, Logit>)
+      to = (&result == &plan_.gradient ? gradient_to_
+                                       : static_cast<Logit*>(result.data) + element_) +
+           at;
+    else
+      to = static_cast<Stored*>(result.data) + element_ + at;
+    if (kDirect || plan_.aligned)
+      quad.store(to, there_);
+    else
+      quad.store_each(to, there_);
   }
   __device__ static Quad<Logit> pairs_of(const Scalar* values) {
     const auto first = round_pair(Logit(), values[0], values[1]);
@@ -453,55 +741,58 @@ class Loop {
     return quad;
   }
 
-  // A turn of any elements without modifiers, quad by quad.
-  __device__ void general_turn() {
-    bool common = left_ <= 0 || is_full();
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) common &= left_ <= 0 || is_common(convert(logits_[q].get(c)));
+  // A turn of any elements.
+  __device__ void any_turn() {
+    if (plan_.dense) {
+      point();
+      if (is_full())
+        fetch(0, false);
+      else
+        gather();
     }
-    common = !__any_sync(0xffffffff, !common);
 #pragma unroll 1
     for (int q = 0; q < kQuads; ++q) {
-      const Quad<Logit> logits = logits_[0];
-      const Labels labels = labels_[0];
+      if constexpr (kModified)
+        modified_quad();
+      else
+        plain_quad();
       BCE_UNROLL
       for (int next = 1; next < kQuads; ++next) {
         logits_[next - 1] = logits_[next];
         labels_[next - 1] = labels_[next];
       }
-      if (has_next()) fetch(element_ + kStep + 32 * q, kQuads - 1, 1);
-      if (32 * q >= left_) continue;
-      Scalar x[kQuad], y[kQuad], smoothing[kQuad];
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        x[c] = convert(logits.get(c));
-        y[c] = label(labels, c);
-        smoothing[c] = 32 * q + c < left_ ? smoothing_ : 0;
-      }
-      Pair<Scalar> losses[kQuad] = {};
-      Scalar gradients[kQuad] = {};
-      if constexpr (kNarrow)
-        evaluate_soft(x, y, smoothing, losses, gradients);
-      else if (common)
-        evaluate_quad<true>(x, y, smoothing, losses, gradients);
-      else
-        evaluate_quad<false>(x, y, smoothing, losses, gradients);
-      finish_quad(q, losses, gradients);
+      advance(32);
     }
   }
 
+  __device__ void plain_quad() {
+    if (left_ <= 0) return;
+    Scalar x[kQuad], y[kQuad], smoothing[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) {
+      x[c] = convert(logits_[0].get(c));
+      y[c] = label(labels_[0], c);
+      smoothing[c] = c < left_ ? smoothing_ : 0;
+    }
+    Pair<Scalar> losses[kQuad] = {};
+    Scalar gradients[kQuad] = {};
+    if constexpr (kNarrow)
+      evaluate_narrow_quad<false>(x, y, smoothing, losses, gradients);
+    else
+      evaluate_quad(x, y, smoothing, losses, gradients);
+    finish_quad(losses, gradients);
+  }
+
   // Adds up or stores a quad's losses, and stores its gradients.
-  __device__ void finish_quad(int q, const Pair<Scalar>* losses, const Scalar* gradients) {
-    if (with_loss() && plan_.reduce) keep(q, losses);
+  __device__ void finish_quad(const Pair<Scalar>* losses, const Scalar* gradients) {
+    keep(0, losses, [] {});
 #pragma unroll 1
     for (int result = 0; result < 2; ++result) {
       if (result == 0 ? !with_loss() || plan_.reduce : !with_gradient()) continue;
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) values[c] = result == 0 ? losses[c].high : gradients[c];
-      store(result == 0 ? plan_.loss : plan_.gradient, element_ + 32 * q, left_ - 32 * q, values);
+      store(result == 0 ? plan_.loss : plan_.gradient, element_, left_, values);
     }
   }
 
@@ -514,22 +805,14 @@ class Loop {
   }
 
   // Each value is scaled and rounded once, or, if it is to be added up, has its power.
-  template <bool kCommonLogits>
   __device__ void evaluate_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
                                 Pair<Scalar>* losses, Scalar* gradients) const {
-    Exponential<L> exponential[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommonLogits>(x[c]);
-    if (with_loss()) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential[c]));
-    }
-    if (with_gradient()) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        gradients[c] =
-            scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential[c]), plan_.gradient.type);
+    for (int c = 0; c < kQuad; ++c) {
+      const Exponential<L> exponential = exp_of<L>(x[c]);
+      losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
+      gradients[c] =
+          scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential), plan_.gradient.type);
     }
   }
 
@@ -537,17 +820,17 @@ class Loop {
 
   // 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow. Each element is
   // evaluated as its own value asks, so that its bits do not depend on its neighbors.
-  __device__ void evaluate_soft(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                Pair<Scalar>* losses, Scalar* gradients) const {
-    const Scalar divisor = L::reciprocal(rest_);
+  template <bool kCommon>
+  __device__ void evaluate_narrow_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
+                                       Pair<Scalar>* losses, Scalar* gradients) const {
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1) {
+      if (kCommon || (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1)) {
         const Narrow<L> narrow = narrow_of<L, kDigits>(x[c]);
         const Scalar coefficient = soft_coefficient_of(x[c], y[c], smoothing[c]);
         losses[c] = {L::fma(2, narrow.half_log1p, coefficient * L::magnitude(x[c])), 0};
         if (!plan_.reduce) losses[c].high *= rest_;
-        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor);
+        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor_);
       } else {
         const Exponential<L> exponential = exp_of<L>(x[c]);
         losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
@@ -558,7 +841,7 @@ class Loop {
   }
 
   // A quad with modifiers. A masked element is replaced by a harmless one.
-  __device__ void modified_turn() {
+  __device__ void modified_quad() {
     Scalar x[kQuad], y[kQuad], rest[kQuad], power[kQuad], pos_weight[kQuad], number[kQuad];
     Pair<Scalar> weight[kQuad];
     bool exists[kQuad], fast = smoothing_ == 0 && plan_.smoothing.form == Form::kOne;
@@ -569,15 +852,14 @@ class Loop {
       row = row_ + quotient;
       column = column_ - quotient * plan_.inner;
     }
-    const auto given = [&](ModifierName name) { return plan_.modifiers[name].data != nullptr; };
     const auto load = [&](const Input& input) { numbers(input, row, column, number); };
-    if (!fetches_) {
+    if (!plan_.dense) {
       numbers(plan_.logits, row, column, x);
       numbers(plan_.labels, row, column, y);
     }
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (fetches_) {
+      if (plan_.dense) {
         x[c] = convert(logits_[0].get(c));
         y[c] = label(labels_[0], c);
       }
@@ -604,7 +886,6 @@ class Loop {
       }
     }
     if (given(kIgnoreLabel)) ignore(y, exists);
-    fetch_next();
     if (given(kWhere)) {
       load(plan_.modifiers[kWhere]);
       BCE_UNROLL
@@ -639,7 +920,7 @@ class Loop {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
         weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
-    } else if (!__any_sync(0xffffffff, !fast)) {
+    } else if (!any_of_warp(!fast)) {
       if (given(kPosWeight)) {
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c)
@@ -658,7 +939,7 @@ class Loop {
       }
       evaluate_weighted<false>(x, y, smoothing, rest, weight, pos_weight, gradients);
     }
-    if (left_ > 0) finish_quad(0, weight, gradients);
+    if (left_ > 0) finish_quad(weight, gradients);
   }
 
   template <bool kFast>
@@ -728,7 +1009,7 @@ class Loop {
   // Takes away the elements whose label, as stored, is to be ignored.
   __device__ void ignore(const Scalar* y, bool* exists) const {
     const Input &labels = plan_.labels, &ignored = plan_.modifiers[kIgnoreLabel];
-    if (fetches_ && ignored.form == Form::kOne && width_of(labels.type) < 8) {
+    if (plan_.dense && ignored.form == Form::kOne && width_of(labels.type) < 8) {
       const uint32_t word =
           width_of(labels.type) == 4 ? *static_cast<const uint32_t*>(ignored.data) : 0;
       const Scalar number = number_at<Scalar>(ignored.data, ignored.type, 0);
@@ -754,20 +1035,28 @@ class Loop {
 
   const Plan& plan_;
   const Scalar smoothing_;
+  const Pair<Scalar> smoothed_[2];  // 0 and 1
+  bool soft_;                       // the turn is probably one of soft labels
   bool zero_ = false, usual_ = false;
-  Scalar rest_ = 0, power_ = 1;
-  // The turn: how many of the thread's elements are left, which is the first, and where its loss
-  // belongs in the tile.
+  Scalar rest_ = 0, power_ = 1, divisor_ = 1;
+  // Whether the thread has elements in this group. In the turn: how many are left, which is the
+  // first, and where its loss belongs in the tile.
+  bool there_;
   int left_;
   int64_t element_;
   int place_;
-  bool fetches_, aligned_;
+  const Logit* logits_from_;
+  std::conditional_t<kAny, const char*, const Label*> labels_from_;
+  Logit* gradient_to_;
   Quad<Logit> logits_[kQuads];
   Labels labels_[kQuads];
   // Of the matrix with plan_.inner columns: the row in which the group begins, and the turn's
   // distance from that row's begin.
   int64_t row_;
   uint32_t column_;
+  // The ignored label as it is stored, if it is an integer, and as a number.
+  uint32_t ignored_;
+  Scalar ignored_number_;
   double high_[kQuad];
   Scalar low_[kQuad];
 };

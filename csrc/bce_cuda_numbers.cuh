@@ -103,6 +103,29 @@ __device__ __nv_bfloat162 round_pair(__nv_bfloat16, float a, float b) {
   return __floats2bfloat162_rn(a, b);
 }
 
+// Whether all numbers of some pairs are at most `limit` in magnitude. Magnitudes have the order of
+// their bits, with NaN at its end. The addition shifts out the signs.
+__device__ uint32_t with_pair(uint32_t largest, uint32_t pair) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return __viaddmax_u16x2(pair, pair, largest);  // one instruction
+#else
+  const uint32_t first = pair << 16 << 1, second = pair >> 16 << 17;
+  const uint32_t low = largest << 16, high = largest & 0xffff0000;
+  return (first > low ? first : low) >> 16 | (second > high ? second : high);
+#endif
+}
+__device__ bool all_within(uint32_t largest, uint32_t limit) {
+  return largest <= (limit << 17 | 0xffff) && largest << 16 <= limit << 17;
+}
+template <class Stored>
+__device__ uint32_t bits_of(float number) {
+  Stored rounded;
+  round_to(&rounded, number);
+  uint16_t bits;
+  memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+
 // A label of a type, from its bits.
 template <class Scalar>
 __device__ Scalar label_of(Type type, uint8_t bits) {
@@ -168,23 +191,51 @@ constexpr Type kTypeOf = std::is_same_v<Stored, __half>          ? Type::kF16
                          : std::is_same_v<Stored, float>         ? Type::kF32
                                                                  : Type::kF64;
 
-// A single store, which the compiler would otherwise split.
-__device__ void store_vector(uint2* to, uint2 vector) {
+// Keeps the compiler from computing a number again from its operands, which would then have to stay
+// in registers, too.
+__device__ float in_register(float number) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(vector.x), "r"(vector.y)
-               : "memory");
+  asm("" : "+f"(number));
+#endif
+  return number;
+}
+__device__ uint32_t in_register(uint32_t number) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(number));
+#endif
+  return number;
+}
+__device__ double in_register(double number) { return number; }
+template <class T>
+__device__ T* in_register(T* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// A single store, which the compiler would otherwise split, or none. Without a branch: what
+// contains one that may diverge takes two more instructions.
+__device__ void store_vector(uint2* to, uint2 vector, bool wanted) {
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.b32 wanted, %3, 0;\n"
+      "@wanted st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(__cvta_generic_to_global(to)),
+      "r"(vector.x), "r"(vector.y), "r"(static_cast<int>(wanted))
+      : "memory");
 #else
-  *to = vector;
+  if (wanted) *to = vector;
 #endif
 }
-__device__ void store_vector(uint4* to, uint4 vector) {
+__device__ void store_vector(uint4* to, uint4 vector, bool wanted) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0;\n"
+      "@wanted st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(__cvta_generic_to_global(to)),
+      "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "r"(static_cast<int>(wanted))
+      : "memory");
 #else
-  *to = vector;
+  if (wanted) *to = vector;
 #endif
 }
 
@@ -217,7 +268,7 @@ struct Quad {
     Quad quad;
     if (!aligned) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) quad.set(c, from[c]);
+      for (int c = 0; c < kQuad; ++c) quad.set(c, __ldcs(from + c));
       return quad;
     }
     BCE_UNROLL
@@ -225,10 +276,15 @@ struct Quad {
       quad.vectors[i] = __ldcs(reinterpret_cast<const Vector*>(from) + i);
     return quad;
   }
-  __device__ void store(Stored* to) const {
+  __device__ void store(Stored* to, bool wanted = true) const {
     BCE_UNROLL
     for (int i = 0; i < kTransfers; ++i)
-      store_vector(reinterpret_cast<Vector*>(to) + i, vectors[i]);
+      store_vector(reinterpret_cast<Vector*>(to) + i, vectors[i], wanted);
+  }
+  __device__ void store_each(Stored* to, bool wanted) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c)
+      if (wanted) to[c] = get(c);
   }
 
   __device__ Stored get(int c) const {
@@ -247,7 +303,7 @@ __device__ bool is_aligned(const Stored* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(typename Quad<Stored>::Vector) == 0;
 }
 
-__device__ bool is_aligned(const void* data, int bytes) {
+BCE_INLINE bool is_aligned(const void* data, int bytes) {
   return reinterpret_cast<uintptr_t>(data) % (bytes < 16 ? bytes : 16) == 0;
 }
 
@@ -261,15 +317,16 @@ template <class Scalar>
 struct AnyLabels {
   uint4 words[sizeof(Scalar) / 4];
 
-  __device__ void load(Type type, const void* data, int64_t offset, bool aligned) {
-    const void* from = static_cast<const char*>(data) + offset * width_of(type);
-    if (aligned && width_of(type) == 4) {
+  __device__ void load(Type type, const void* data, int offset, bool aligned) {
+    const int width = width_of(type);
+    const void* from = static_cast<const char*>(data) + offset * width;
+    if (aligned && width == 4) {
       words[0] = __ldcs(static_cast<const uint4*>(from));
-    } else if (aligned && width_of(type) == 2) {
+    } else if (aligned && width == 1) {
+      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
+    } else if (aligned && width == 2) {
       const uint2 two = __ldcs(static_cast<const uint2*>(from));
       words[0].x = two.x, words[0].y = two.y;
-    } else if (aligned && width_of(type) == 1) {
-      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
     } else {
       *this = {};
       BCE_UNROLL

@@ -254,20 +254,27 @@ BCE_INLINE Pair<typename Lanes::Float> smoothed(Pair<typename Lanes::Float> c,
   return {sum.high, sum.low + (c.low + change_low)};
 }
 
-// c = x >= 0 ? 1 - y : y, where y is smoothed: neither y nor 1 - y is computed from the other's
-// rounded value. A logit of -0 counts as negative, for the sign of its gradient.
+// c = x >= 0 ? 1 - y : y. A logit of -0 counts as negative, for the sign of its gradient.
 template <class Lanes>
 BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logit,
-                                                      typename Lanes::Float label,
-                                                      typename Lanes::Float smoothing) {
+                                                      typename Lanes::Float label) {
   using Float = typename Lanes::Float;
   const Float zero = Lanes::set(0);
   const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(zero);
   const Pair<Float> complement = fast_two_sum(Lanes::set(1), -label);
-  const Float c = Lanes::select(negative, label, complement.high);
-  const Float c_low = Lanes::select(negative, zero, complement.low);
-  const Float step = Lanes::select(negative, smoothing, -smoothing);
-  return smoothed<Lanes>({c, c_low}, step, two_sum(Lanes::set(0.5), -label));
+  return {Lanes::select(negative, label, complement.high),
+          Lanes::select(negative, zero, complement.low)};
+}
+
+// The same of a smoothed y: neither y nor 1 - y is computed from the other's rounded value.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> coefficient_of(typename Lanes::Float logit,
+                                                      typename Lanes::Float label,
+                                                      typename Lanes::Float smoothing) {
+  const auto negative = sign_of<Lanes>(logit) != Lanes::to_bits(Lanes::set(0));
+  const auto step = Lanes::select(negative, smoothing, -smoothing);
+  return smoothed<Lanes>(coefficient_of<Lanes>(logit, label), step,
+                         two_sum(Lanes::set(0.5), -label));
 }
 
 // A smoothed label y, and n = 1 - y.
@@ -363,6 +370,44 @@ BCE_INLINE Pair<typename Lanes::Float> turned_gradient_of(typename Lanes::Float 
           Lanes::select(positive, complement_low, q.low)};
 }
 
+// The loss and the gradient from c, with log1p and sigmoid times t. kCommon: all numbers are
+// finite, and the scale is 1.
+template <class Lanes, bool kCommon = false>
+BCE_INLINE Pair<typename Lanes::Float> loss_from(typename Lanes::Float logit,
+                                                 Pair<typename Lanes::Float> c,
+                                                 Pair<typename Lanes::Float> logarithm,
+                                                 typename Lanes::Float scale) {
+  using Float = typename Lanes::Float;
+  const Float zero = Lanes::set(0);
+  Float bounded = Lanes::magnitude(logit);
+  // 0 times an infinite logit is 0 here.
+  if constexpr (!kCommon) bounded = Lanes::select(c.high == zero, zero, bounded);
+  const Float linear = bounded * c.high;
+  const Float linear_low = Lanes::fma(bounded, c.low, Lanes::fma(bounded, c.high, -linear));
+  if constexpr (kCommon) {
+    const Pair<Float> sum = two_sum(linear, logarithm.high);
+    return {sum.high, sum.low + (logarithm.low + linear_low)};
+  } else {
+    const Pair<Float> sum = two_sum(linear, logarithm.high * scale);
+    const Float low = sum.low + Lanes::fma(logarithm.low, scale, linear_low);
+    // The rounding error of an infinite loss would be NaN.
+    return finite_low<Lanes>({sum.high, low});
+  }
+}
+
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> gradient_from(typename Lanes::Float logit,
+                                                     Pair<typename Lanes::Float> c,
+                                                     Pair<typename Lanes::Float> sigmoid,
+                                                     typename Lanes::Float scale) {
+  using Float = typename Lanes::Float;
+  Pair<Float> difference = two_sum(c.high, -(sigmoid.high * scale));
+  difference.low = difference.low + Lanes::fma(-sigmoid.low, scale, c.low);
+  const auto sign = sign_of<Lanes>(logit);
+  return {Lanes::from_bits(Lanes::to_bits(difference.high) ^ sign),
+          Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
+}
+
 // kPositive: there is a pos_weight, q. With kCommon, the caller includes q in the element's weight,
 // as `weight_of` does.
 template <class Lanes, bool kCommon = false, bool kPositive = false>
@@ -375,7 +420,6 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
   if constexpr (kCommon) {
     return turned_loss_of<Lanes>(logit * turn_of<Lanes>(label), exponential);
   } else {
-    const Float zero = Lanes::set(0), scale = exponential.scale;
     Pair<Float> c, logarithm = log1p_of<Lanes>(exponential);
     if constexpr (kPositive) {
       const auto both = coefficients_of<Lanes>(logit, label, smoothing, pos_weight);
@@ -384,14 +428,7 @@ BCE_INLINE Pair<typename Lanes::Float> loss_of(typename Lanes::Float logit,
     } else {
       c = coefficient_of<Lanes>(logit, label, smoothing);
     }
-    // 0 times an infinite logit is 0 here.
-    const Float bounded = Lanes::select(c.high == zero, zero, Lanes::magnitude(logit));
-    const Float linear = bounded * c.high;
-    const Float linear_low = Lanes::fma(bounded, c.low, Lanes::fma(bounded, c.high, -linear));
-    const Pair<Float> sum = two_sum(linear, logarithm.high * scale);
-    const Float low = sum.low + Lanes::fma(logarithm.low, scale, linear_low);
-    // The rounding error of an infinite loss would be NaN.
-    return finite_low<Lanes>({sum.high, low});
+    return loss_from<Lanes>(logit, c, logarithm, exponential.scale);
   }
 }
 
@@ -415,12 +452,7 @@ BCE_INLINE Pair<typename Lanes::Float> gradient_of(typename Lanes::Float logit,
     } else {
       c = coefficient_of<Lanes>(logit, label, smoothing);
     }
-    const Float scale = exponential.scale;
-    Pair<Float> difference = two_sum(c.high, -(sigmoid.high * scale));
-    difference.low = difference.low + Lanes::fma(-sigmoid.low, scale, c.low);
-    const auto sign = sign_of<Lanes>(logit);
-    return {Lanes::from_bits(Lanes::to_bits(difference.high) ^ sign),
-            Lanes::from_bits(Lanes::to_bits(difference.low) ^ sign)};
+    return gradient_from<Lanes>(logit, c, sigmoid, exponential.scale);
   }
 }
 

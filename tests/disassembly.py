@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
 from itertools import product
@@ -37,7 +37,7 @@ USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)")
 LISTED = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 BRANCH = re.compile(r"(@\S+ )?BRA\S*(.*) 0x([0-9a-f]+)")
 ACCESS = re.compile(r"(@\S+ )?(LDG|STG)\.E(?:\.[A-Z]\w*)*?(?:\.[US]?(\d+))?(?:\.[A-Z]+)* ")
-RECIPROCAL = re.compile(r"(@\S+ )?MUFU")
+KINDS = [re.compile(rf"(@\S+ )?{name}") for name in ("MUFU", r"VOTE\.ANY", "DADD", "STS")]
 
 
 def find_cuobjdump() -> str | None:
@@ -78,8 +78,13 @@ class Instruction:
         return self.text.startswith("@")
 
     @property
+    def kinds(self) -> list[bool]:
+        """Whether it is an approximation, a vote, an addition in float64, a store to a tile."""
+        return [bool(kind.match(self.text)) for kind in KINDS]
+
+    @property
     def is_vote(self) -> bool:
-        return "VOTE.ANY" in self.text
+        return self.kinds[1]
 
     def width(self, operation: str) -> int:
         """How many bits a thread loads ("LDG") or stores ("STG") with it."""
@@ -102,7 +107,7 @@ def parse(disassembly: str) -> list[Instruction]:
     return code
 
 
-Work = tuple[int, ...]  # approximations, votes, stores, and loads of each width
+Work = tuple[int, ...]  # the kinds, stores, and loads of each width
 
 
 def add(a: Work, b: Work) -> Work:
@@ -116,24 +121,27 @@ class Turn:
     loads: dict[int, int]  # how many of each width in bits
     stores: tuple[int, int]  # width, and how many
     approximations: int  # reciprocals and exponentials
-    votes: int = 1  # how often the warp decides which way to take
-    without: str = "STS"  # instructions of other ways: here, of tiles
+    additions: int = 0  # in float64, to a sum
+    shared: int = 0  # stores of losses to shared memory, where a tile's rows are summed
+    least: dict[str, int] = field(default_factory=dict)  # how many of other instructions, or more
+    loop: int = 0  # of the loops that do this work, from the shortest on
 
     @property
     def work(self) -> Work:
-        return (self.approximations, self.votes, self.stores[1], *self.loads.values())
+        counts = (self.approximations, 1, self.additions, self.shared, self.stores[1])
+        return (*counts, *self.loads.values(), *self.least.values())
 
     def work_of(self, step: Instruction) -> list[Work]:
         """What an instruction may do of this work; an empty list if no turn contains it."""
-        load, store = step.width("LDG"), step.width("STG")
-        if re.search(self.without, step.text) or load not in {0, *self.loads}:
-            return []
-        loads = [load == width for width in self.loads]
-        # A store under a condition is not always asked for.
-        stores = {store, 0} if step.is_conditional else {store}
+        others = [bool(re.match(rf"(@\S+ )?{name}", step.text)) for name in self.least]
+        # A load or store under a condition is not always asked for.
+        loads, stores = (
+            {step.width(what), 0} if step.is_conditional else {step.width(what)}
+            for what in ("LDG", "STG")
+        )
         return [
-            (bool(RECIPROCAL.match(step.text)), step.is_vote, width != 0, *loads)
-            for width in stores & {self.stores[0], 0}
+            (*step.kinds, store != 0, *(load == width for width in self.loads), *others)
+            for load, store in product(loads & {0, *self.loads}, stores & {0, self.stores[0]})
         ]
 
 
@@ -146,19 +154,42 @@ class Block:
     work: set[Work]  # what all of them together may do; empty if no turn contains them
 
 
-def blocks_from(votes: list[int], code: list[Instruction], turn: Turn) -> dict[int, Block]:
-    """Those that can be reached from a vote, by the place of their first instruction."""
+def loops_of(code: list[Instruction]) -> dict[int, set[int]]:
+    """The places of each loop's instructions, by that of its only vote."""
+    before = defaultdict(list)
+    for place, step in enumerate(code):
+        for follower in step.followers:
+            before[follower].append(place)
+    loops: dict[int, set[int]] = {}
+    for last, step in enumerate(code):
+        for first in (place for place in step.followers if place <= last):
+            body, ends = {first}, [last]
+            while ends:
+                if (place := ends.pop()) not in body:
+                    body.add(place)
+                    ends += before[place]
+            # But for copies of a vote, out of line, for warps whose threads have diverged.
+            votes = [p for p in body if code[p].is_vote and "WARPSYNC" not in code[p - 1].text]
+            if len(votes) == 1 and len(body) < len(loops.get(votes[0], code)):
+                loops[votes[0]] = body
+    return loops
+
+
+def blocks_from(
+    vote: int, code: list[Instruction], inside: set[int], turn: Turn
+) -> dict[int, Block]:
+    """Those of a loop, by the place of their first instruction."""
     blocks: dict[int, Block] = {}
-    firsts = list(votes)
+    firsts = [vote]
     while firsts:
         first = firsts.pop()
         if first in blocks:
             continue
         places, followers, work = [], [first], {(0,) * len(turn.work)}
-        while len(followers) == 1 and followers[0] not in {*places, *(votes if places else ())}:
+        while len(followers) == 1 and followers[0] not in {*places, *({vote} if places else ())}:
             step = code[followers[0]]
             places += followers
-            followers = step.followers
+            followers = [place for place in step.followers if place in inside]
             work = {add(*each) for each in product(work, turn.work_of(step))}
         blocks[first] = Block(places, followers if work else [], work)
         firsts += blocks[first].followers
@@ -187,69 +218,105 @@ def shortest_first(starts: list, steps: Callable, at_least: Callable = lambda st
 
 
 def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
-    """The shortest way from a vote back to it that does the turn's work; or nothing.
+    """The shortest way from a loop's vote back to it that does the turn's work; or nothing.
 
     Predicated instructions count, as they are issued even if their condition is false.
     """
-    votes = [place for place, step in enumerate(code) if step.is_vote]
-    blocks = blocks_from(votes, code, turn)
+    ways = (
+        way_in(vote, inside, code, turn)
+        for vote, inside in loops_of(code).items()
+        # These loops approximate nothing in vain.
+        if sum(code[place].kinds[0] for place in inside) == turn.approximations
+    )
+    found = sorted(filter(None, ways), key=len)
+    return found[turn.loop] if turn.loop < len(found) else []
+
+
+def way_in(vote: int, inside: set[int], code: list[Instruction], turn: Turn) -> list[Instruction]:
+    """The same in one loop."""
+    blocks = blocks_from(vote, code, inside, turn)
     nothing = (0,) * len(turn.work)
+    exact = len(nothing) - len(turn.least)
     leaders = defaultdict(list)
     for first, block in blocks.items():
         for follower in block.followers:
             leaders[follower].append((first, len(block.places), min(block.work)[0]))
 
-    def backwards(state: tuple[int, int, int]) -> Iterator:
-        vote, place, approximations = state
+    def backwards(state: tuple[int, int]) -> Iterator:
+        place, approximations = state
         if place != vote or not approximations:
             for first, length, more in leaders[place]:
                 if approximations + more <= turn.approximations:
-                    yield (vote, first, approximations + more), length
+                    yield (first, approximations + more), length
 
-    def forwards(state: tuple[int, int, Work]) -> Iterator:
-        vote, place, done = state
+    def forwards(state: tuple[int, Work]) -> Iterator:
+        place, done = state
         if place != vote or done == nothing:
             for work, follower in product(blocks[place].work, blocks[place].followers):
                 after = add(done, work)
+                after = (*after[:exact], *map(min, after[exact:], turn.least.values()))
                 if all(a <= b for a, b in zip(after, turn.work, strict=True)):
-                    yield (vote, follower, after), len(blocks[place].places)
+                    yield (follower, after), len(blocks[place].places)
 
     # The shortest way back with a number of approximations, whatever else it does, is a lower bound
     # with which the search for all of the work visits few states.
-    ends = [(vote, vote, 0) for vote in votes]
-    back = {state: length for state, length, _ in shortest_first(ends, backwards)}
+    back = {state: length for state, length, _ in shortest_first([(vote, 0)], backwards)}
 
-    def at_least(state: tuple[int, int, Work]) -> float:
-        vote, place, done = state
-        return back.get((vote, place, turn.approximations - done[0]), inf)
+    def at_least(state: tuple[int, Work]) -> float:
+        place, done = state
+        return back.get((place, turn.approximations - done[0]), inf)
 
-    starts = [(vote, vote, nothing) for vote in votes]
-    for (vote, place, done), _, states in shortest_first(starts, forwards, at_least):
+    for (place, done), _, states in shortest_first([(vote, nothing)], forwards, at_least):
         if place == vote and done == turn.work:
-            return [code[each] for _, first, _ in states for each in blocks[first].places]
+            return [code[each] for first, _ in states for each in blocks[first].places]
     return []
 
 
 # The loops worth counting: name, dtypes of logits and labels, whether there are modifiers, and the
-# number of elements and the work of a turn.
+# number of elements and the work of a turn. Of modifiers, the selections and products name the way,
+# as its conditions do not.
 LOOPS = {
-    "float32": ("float32", "float32", False, 8, Turn({128: 4}, (128, 2), 16)),
-    "float32, uint8": ("float32", "uint8", False, 8, Turn({128: 2, 32: 2}, (128, 2), 16)),
+    "float32": ("float32", "float32", False, 8, Turn({128: 4}, (128, 2), 16, 8)),
+    "float32, uint8": ("float32", "uint8", False, 8, Turn({128: 2, 32: 2}, (128, 2), 16, 8)),
     "float32, short rows": (
         *("float32", "float32", False, 8),
-        Turn({128: 4}, (128, 2), 16, without="DADD"),
+        Turn({128: 4}, (128, 2), 16, shared=4),
     ),
     "float32, soft or smoothed": (
         *("float32", "float32", False, 8),
-        Turn({128: 4}, (128, 2), 16, votes=2),
+        Turn({128: 4}, (128, 2), 16, 8, loop=2),
+    ),
+    "float32, one label": (
+        *("float32", "float32", False, 8),
+        Turn({128: 2}, (128, 2), 16, 8),
+    ),
+    "float32, loss alone": (
+        *("float32", "float32", False, 8),
+        Turn({128: 4}, (0, 0), 8, 8),
     ),
     "float32, a weight per class": (
-        *("float32", "any", True, 4),
-        Turn({128: 3}, (128, 1), 8),
+        *("float32", "any", True, 8),
+        Turn({128: 6}, (128, 2), 16, 8),
     ),
-    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 49)),
-    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 25)),
-    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 49)),
+    "float32, weight, pos_weight and sample_weight": (
+        *("float32", "any", True, 8),
+        Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FMUL": 144}),
+    ),
+    "float32, where": (
+        *("float32", "any", True, 8),
+        Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 40}),
+    ),
+    "float32, int32, ignore_label": (
+        *("float32", "any", True, 8),
+        Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 40}),
+    ),
+    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
+    "bfloat16, uint8, loss alone": (
+        *("bfloat16", "uint8", False, 16),
+        Turn({64: 4, 32: 4}, (0, 0), 32, 1),
+    ),
+    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 24, 1)),
+    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
 }
 
 

@@ -223,8 +223,8 @@ CASES = {
     "mean": Case("float32", pair(*LARGE)),
     "mean, bfloat16 and uint8": Case("bfloat16, uint8", SMALL),
     "mean, float16 and uint8": Case("float16, uint8", pair(*LARGE, logits=F16, labels=U8)),
-    "loss alone": Case("float32", pair(*LARGE), gradient=False),
-    "loss alone, bfloat16 and uint8": Case("bfloat16, uint8", SMALL, gradient=False),
+    "loss alone": Case("float32, loss alone", pair(*LARGE), gradient=False),
+    "loss alone, bfloat16 and uint8": Case("bfloat16, uint8, loss alone", SMALL, gradient=False),
     **{f"mean of 2^{n}": Case("float32", pair(2**n)) for n in (10, 14, 16, 17, 20)},
     **{
         f"rows, {rows:,} x {columns:,}": Case(loop, pair(rows, columns), rows=True)
@@ -241,14 +241,21 @@ CASES = {
     "label_smoothing": Case(
         "float32, soft or smoothed", pair(*LARGE), fixed={"label_smoothing": 0.1}
     ),
-    "one label for all": Case("float32", ((LARGE, F32), ((), F32))),
+    "one label for all": Case("float32, one label", ((LARGE, F32), ((), F32))),
+    "weight (C,)": Case(
+        "float32, a weight per class", (*pair(*LARGE), (LARGE[1:], F32)), ("weight",)
+    ),
     "weight and pos_weight (C,), sample_weight (B,)": Case(
-        "float32, a weight per class",
+        "float32, weight, pos_weight and sample_weight",
         (*pair(*LARGE), (LARGE[1:], F32), (LARGE[1:], F32), (LARGE[:1], F32)),
         ("weight", "pos_weight", "sample_weight"),
     ),
     "weight (B, C)": Case(
         "float32, a weight per class", (*pair(*LARGE), (LARGE, F32)), ("weight",)
+    ),
+    "where (B, C)": Case("float32, where", (*pair(*LARGE), (LARGE, jnp.bool_)), ("where",)),
+    "ignore_label, int32": Case(
+        "float32, int32, ignore_label", pair(*LARGE, labels=jnp.int32), fixed={"ignore_label": -1}
     ),
 }
 

@@ -128,19 +128,24 @@ struct Case {
   int form = 0;            // what they are: one number, one a row, one a column, one an element
   int divisors = 0;        // none, one number, one a row, one an element (or a row, if they add up)
   bool total = false;      // weights in the place of losses
+  bool common = false;  // no rare numbers, modifiers of the usual types, the same smoothing for all
 };
 
 inline std::mt19937 random_bits(1);
 
+// One number in so many is rare: few enough, in two calls of three, that whole turns have none.
+inline int one_in = 64;
+inline bool is_rare() { return random_bits() % one_in == 0; }
+
 inline double any_logit() {
   const double rare[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, 44, -44.5, 88, -95, 104, -110, 1e-30};
-  return random_bits() % 64 == 0 ? rare[random_bits() % std::size(rare)]
-                                 : std::normal_distribution<double>(0, 5)(random_bits);
+  return is_rare() ? rare[random_bits() % std::size(rare)]
+                   : std::normal_distribution<double>(0, 5)(random_bits);
 }
 
 inline double any_label() {
   const double soft[] = {0.3, 0.9, 2, -1};
-  return random_bits() % 32 == 0 ? soft[random_bits() % std::size(soft)] : random_bits() % 2;
+  return is_rare() ? soft[random_bits() % std::size(soft)] : random_bits() % 2;
 }
 
 // Operands are random, results not yet computed.
@@ -170,16 +175,22 @@ struct Call {
     const Type weights[] = {Type::kF32, Type::kF64, Type::kU8, Type::kBF16, Type::kI32, Type::kF16};
     return name == kWhere         ? Type::kBool
            : name == kIgnoreLabel ? c.labels
+           : c.common             ? Type::kF32
                                   : weights[(c.form + name) % std::size(weights)];
   }
-  bool by_row(int name) const { return (c.form + name) % 4 & 1; }
-  bool by_column(int name) const { return (c.form + name) % 4 & 2; }
+  bool is_one(int name) const { return c.common && name == kIgnoreLabel; }
+  bool by_row(int name) const { return !is_one(name) && (c.form + name) % 4 & 1; }
+  bool by_column(int name) const { return !is_one(name) && (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
+    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
     for (int64_t i = 0; i < size; ++i) logits.set(i, any_logit());
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
-    for (int64_t i = 0; i < smoothings_size; ++i) smoothing.set(i, c.smooth ? i % 5 / 5.0 : 0);
+    for (int64_t i = 0; i < smoothings_size; ++i)
+      smoothing.set(i, c.smooth ? i % 5 / 5.0 : c.common && !c.modifiers ? c.form % 2 * 0.1 : 0);
+    for (int64_t i = 0; c.common && !c.modifiers && c.form > 1 && i < labels_size; ++i)
+      labels.set(i, random_bits() % 8 / 7.0);
     for (int64_t i = 0; i < divisors_size; ++i) {
       const double rare[] = {0, 1e-38, -1e-33, 1e37, INFINITY, NAN};
       const bool is_rare = random_bits() % 8 == 0;
@@ -192,11 +203,12 @@ struct Call {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
       modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
-      const double numbers[] = {0, 1, 3, 0.3, INFINITY};
+      const double numbers[] = {0, 1, 3, 0.3, -2};
       for (int64_t i = 0; given && i < count; ++i)
         modifiers[name].set(i, name == kWhere         ? random_bits() % 4 != 0
                                : name == kIgnoreLabel ? random_bits() % 2
-                                                      : numbers[random_bits() % 40 % 5]);
+                               : is_rare()            ? INFINITY
+                                                      : numbers[random_bits() % 5]);
       modifiers[name].upload();
     }
   }

@@ -291,6 +291,33 @@ int main(int count, char** arguments) {
              cases % 5 == 0 || cases % 7 != 0, cases % 11 == 0, cases % 13 == 0, cases % 2 == 0,
              cases % 3 == 1, false, modifiers, form, static_cast<int>(cases / 2 % 4)});
       }
+  // Common elements only, in whole turns: with modifiers, and without them hard and soft labels,
+  // with and without smoothing.
+  for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers)
+    for (int form = 0; form < 4; ++form)
+      for (Type labels : {Type::kF32, Type::kU8, Type::kI32, Type::kBF16, Type::kI8})
+        for (int64_t n : {36, 1028, 2049, 1500}) {
+          if (effort <= 0 && n != 1028 && cases % 4) {
+            ++cases;
+            continue;
+          }
+          const Type logits = cases % 3 == 0 ? Type::kF32 : cases % 3 == 1 ? labels : Type::kF16;
+          const bool is_float = logits <= Type::kF32, reduce = cases % 5 != 0;
+          Case c = {is_float ? logits : Type::kF32,
+                    labels,
+                    n > 100 ? 3 : 90,
+                    n,
+                    0,
+                    reduce,
+                    true,
+                    cases % 7 != 0,
+                    cases % 11 == 0,
+                    false,
+                    false,
+                    false};
+          c.modifiers = modifiers, c.form = form, c.common = true;
+          run(c);
+        }
   // Without modifiers, which take another loop; and sums of weights.
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
     for (int64_t n : {1, 7, 90, 130, 1040, 9000})
