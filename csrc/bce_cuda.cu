@@ -240,7 +240,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
                           plan.smoothing.form == Form::kOne &&
                           (plan.inner == 0 || rows * columns / plan.inner < int64_t{1} << 31);
   plan.whole_quads = plan.inner % kQuad == 0;
-  for (int name = 0; name < kModifiers; ++name) {
+  for (int name = 0; name < kModifiersOfAll; ++name) {
     const Input& input = plan.modifiers[name];
     if (!input.data) continue;
     plan.uses |= 1u << name;

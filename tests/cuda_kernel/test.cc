@@ -293,7 +293,7 @@ int main(int count, char** arguments) {
       }
   // Common elements only, in whole turns: with modifiers, and without them hard and soft labels,
   // with and without smoothing.
-  for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers)
+  for (int modifiers = 0; modifiers < 1 << kModifiersOfAll; ++modifiers)
     for (int form = 0; form < 4; ++form)
       for (Type labels : {Type::kF32, Type::kU8, Type::kI32, Type::kBF16, Type::kI8})
         for (int64_t n : {36, 1028, 2049, 1500}) {
