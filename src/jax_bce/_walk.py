@@ -1,0 +1,465 @@
+"""The primitive of `linear_loss`: logits = scale * features @ weight + bias, a block at a time.
+
+    loss      = factor * (element losses, summed over each row, or over all)
+    gradients = the derivatives of the sum with respect to features, weight, bias and scale
+
+The longer dimension of the logits, rows or labels, is walked: a loop slices the operands, multiplies
+them, and passes the block's logits to the primitive of `_primitive.py`, which returns the losses and
+their gradient in one pass. The gradient's two products follow at once, so a block is computed once
+and then forgotten: three products in all, and one where only the loss is asked for.
+
+Where XLA shards the program over several devices, a slice of a sharded dimension would have to be
+sent to all of them. So the walked dimension is first divided into as many equal parts as the devices
+can require, and a block consists of a slice of every part. (As in `_call.py`, the shardings are not
+known here.) What is summed over the blocks is kept apart for each part until the end, where that
+fits into a block's memory: one all-reduce instead of one for each block.
+
+The derivative rules work as in `_derivatives.py`. If everything is summed, the loss is
+differentiated into the same walk with gradients, which are the only residuals. A loss for each row
+has a cotangent for each row, which a backward walk needs: its tangent is a primitive of its own,
+which is linear and whose transpose is that walk. Everything else, such as second derivatives,
+differentiates the loop as it stands.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from jax_bce._call import MODIFIERS, devices_of
+from jax_bce._derivatives import residual_dtype
+from jax_bce._primitive import bce, vary_alike
+from jax_bce._reference import arithmetic_dtype, two_sum
+
+linear_p = Primitive("jax_bce_linear")
+linear_p.multiple_results = True
+tangent_p = Primitive("jax_bce_linear_tangent")
+
+# What a walk returns gradients of.
+PARAMETERS = ("features", "weight", "bias", "scale")
+# The axes of rows and of labels; the operands that are not named here have both.
+AXES: dict[str, tuple[int | None, int | None]] = {
+    "features": (0, None),
+    "weight": (None, 1),
+    "bias": (None, 1),
+    "positives": (0, None),
+    "scale": (None, None),
+    "loss": (0, None),
+}
+_ROWS, _LABELS = 0, 1
+# Those of `bce`, by their names here, where weight is the matrix.
+OPTIONS = {"class_weight" if name == "weight" else name: name for name in MODIFIERS}
+
+
+class Plan(NamedTuple):
+    """Which dimension is walked, in how many parts, and by how many columns or rows of each."""
+
+    axis: int
+    parts: int
+    block: int  # of each part
+    blocks: int
+    rest: int  # what is left of each part after these blocks
+
+    @property
+    def one(self) -> bool:
+        """Whether everything is one block."""
+        return self.blocks == 1 and not self.rest
+
+    def cut(self, array: Array, axis: int | None, start: Any, block: int) -> Array:
+        """A block of an array whose axis is walked, or the array itself."""
+        if axis is None or array.shape[axis] == 1 or self.one:
+            return array
+        view = self._view(array, axis)
+        piece = lax.dynamic_slice_in_dim(view, start, block, axis + 1)
+        return piece.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+
+    def put(self, array: Array, piece: Array, axis: int, start: Any, block: int) -> Array:
+        """The array with a block replaced."""
+        view = self._view(array, axis)
+        piece = piece.reshape(*view.shape[: axis + 1], block, *view.shape[axis + 2 :])
+        return lax.dynamic_update_slice_in_dim(view, piece, start, axis + 1).reshape(array.shape)
+
+    def _view(self, array: Array, axis: int) -> Array:
+        return array.reshape(*array.shape[:axis], self.parts, -1, *array.shape[axis + 1 :])
+
+
+def plan(given: dict[str, Array], gradients: Sequence[str], budget: int, devices: int) -> Plan:
+    """Walks the longer dimension, in blocks of equal size that fit into the budget."""
+    features, weight = given["features"], given["weight"]
+    shape = features.shape[0], weight.shape[1]
+    axis = _LABELS if shape[0] <= shape[1] else _ROWS
+    size, other = shape[axis], shape[1 - axis]
+    passes = 2 if gradients else 1  # logits and their gradient; slices and their gradient
+    full = [
+        given[name].dtype.itemsize
+        for name in ("labels", *OPTIONS)
+        if name in given and given[name].size > max(shape)
+    ]
+    wide = arithmetic_dtype(jnp.promote_types(features.dtype, weight.dtype))
+    element = passes * wide.itemsize
+    element += sum(full) + ("positives" in given)
+    walked = weight if axis == _LABELS else features
+    bytes_per_index = other * element + features.shape[1] * walked.dtype.itemsize * passes
+    parts = math.gcd(size, devices)
+    size //= parts
+    kept = other * features.shape[1] * wide.itemsize if gradients else 0
+    room = max(budget - kept, budget // 2) * devices
+    largest = max(1, room // (parts * max(1, bytes_per_index)))
+    least = -(-size // largest)
+    # Blocks that divide the size need a rest neither in the program nor in memory.
+    for blocks in range(least, 2 * least):
+        if size % blocks == 0:
+            return Plan(axis, parts, size // blocks, blocks, 0)
+    block = max(1, 2 * largest // 3)
+    return Plan(axis, parts, block, size // block, size % block)
+
+
+def _dense(positives: Array, start: Any, block: int, parts: int, labels: int) -> Array:
+    """The labels of a block, of shape (rows, parts * block), from the indices of the positives."""
+    origins = jnp.arange(parts, dtype=np.int32) * (labels // parts) + start
+    index = positives[:, None, :] - origins[:, None]
+    index = jnp.where((index >= 0) & (index < block), index, block)
+
+    def of_row(index: Array) -> Array:
+        return jnp.zeros(block, np.uint8).at[index].set(1, mode="drop")
+
+    return jax.vmap(jax.vmap(of_row))(index).reshape(len(positives), -1)
+
+
+def walk(
+    *operands: Array,
+    names: tuple[str, ...],
+    gradients: tuple[str, ...],
+    reduced_rank: int,
+    count: int,
+    implementation: str | None,
+    budget: int,
+    precision: Any,
+    devices: int = 1,
+) -> list[Array]:
+    """The primitive in plain JAX around `bce`; `linear` documents the arguments."""
+    given = dict(zip(names, operands, strict=True))
+    features, weight = given["features"], given["weight"]
+    (rows, width), labels = features.shape, weight.shape[1]
+    dtype = jnp.promote_types(features.dtype, weight.dtype)
+    wide = arithmetic_dtype(dtype)
+    options = [name for name in names if name in OPTIONS]
+    how = plan(given, gradients, budget, devices)
+    by_label = how.axis == _LABELS
+    parts = how.parts if by_label else 1  # of the labels
+    kept = width * (rows if by_label else labels) * wide.itemsize
+    apart = how.parts if kept <= budget else 1  # the sums over blocks, one for each part
+    wanted = [name for name in ("features", "weight", "bias") if name in gradients]
+    if "scale" in gradients and "features" not in gradients:
+        wanted.append("features")
+    scale = given["scale"].astype(wide) if "scale" in given else None
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+
+    def split(array: Array) -> Array:
+        """Rows, parts of the labels, and labels of each part."""
+        return array.reshape(array.shape[0], parts if array.shape[1] > 1 else 1, -1)
+
+    @functools.partial(jax.checkpoint, static_argnums=(1,))
+    def evaluate(start: Array, block: int) -> dict[str, Array]:
+        """The losses of one block, of shape (rows, parts), and its gradients."""
+        at = {
+            name: how.cut(array, AXES.get(name, (0, 1))[how.axis], start, block)
+            for name, array in given.items()
+        }
+        x, w = at["features"], at["weight"]
+        logits = dot("rd,dl->rl", x, w)
+        if scale is not None:
+            logits = logits * scale
+        if "bias" in at:
+            logits = logits + at["bias"].astype(wide)
+        if "positives" in at:
+            first, length = (start, block) if by_label else (0, labels)
+            at["labels"] = _dense(at["positives"], first, length, parts, labels)
+        factor = at["cotangent"] if "cotangent" in at else jnp.ones((1, 1), wide)
+        others = (at["labels"], factor, at["smoothing"], *(at[name] for name in options))
+        loss, *gradient = bce(
+            *vary_alike(*map(split, (logits, *others))),
+            modifiers=tuple(OPTIONS[name] for name in options),
+            kind="loss_and_grad" if gradients else "loss",
+            reduced_rank=1,
+            count=count,
+            implementation=implementation,
+            loss_dtype=wide,
+        )
+        found = {"loss": loss}
+        if not gradient:
+            return found
+        exact = gradient[0].reshape(logits.shape)
+        g = exact.astype(residual_dtype(dtype))  # a factor 1/N would underflow in float16
+        if "features" in wanted:
+            if by_label and apart > 1:
+                found["features"] = dot("rpl,dpl->prd", split(g), split(w))
+            else:
+                found["features"] = dot("rl,dl->rd", g, w)
+        if "weight" in wanted:
+            if not by_label and apart > 1:
+                of_parts = (array.reshape(apart, -1, array.shape[1]) for array in (x, g))
+                product = dot("prd,prl->pdl", *of_parts)
+            else:
+                product = dot("rd,rl->dl", x, g)
+            found["weight"] = product if scale is None else product * scale
+        if "bias" in wanted:
+            found["bias"] = jnp.sum(exact, axis=0, keepdims=True)
+        return found
+
+    def is_walked(name: str) -> bool:
+        return AXES.get(name, (0, 1))[how.axis] is not None
+
+    def empty(name: str) -> Any:
+        if name == "loss":
+            zeros = jnp.zeros((rows, parts), wide)
+            return zeros if is_walked(name) else (zeros, zeros)
+        shape = given[name].shape
+        if is_walked(name):
+            exact = name == "features" and "scale" in gradients
+            return jnp.zeros(shape, wide if exact else residual_dtype(given[name].dtype))
+        return jnp.zeros(shape if apart == 1 or name == "bias" else (apart, *shape), wide)
+
+    def merge(so_far: dict[str, Any], start: Array, block: int) -> dict[str, Any]:
+        """The results so far and those of a block: put into their place, or added."""
+        merged = {}
+        for name, piece in evaluate(start, block).items():
+            before = so_far[name]
+            if is_walked(name):
+                axis = AXES.get(name, (0, 1))[how.axis]
+                merged[name] = how.put(before, piece.astype(before.dtype), axis, start, block)
+            else:
+                merged[name] = _add(*before, piece) if name == "loss" else before + piece
+        return merged
+
+    if how.one:
+        found: dict[str, Any] = evaluate(jnp.int32(0), how.block)
+    else:
+        leaves, structure = jax.tree.flatten({name: empty(name) for name in ("loss", *wanted)})
+        found = structure.unflatten(vary_alike(*leaves, features)[:-1])
+        starts = jnp.arange(how.blocks, dtype=np.int32) * how.block
+        found, _ = lax.scan(lambda so_far, at: (merge(so_far, at, how.block), None), found, starts)
+        if how.rest:
+            found = merge(found, jnp.int32(how.blocks * how.block), how.rest)
+
+    loss = found.pop("loss")
+    high, low = loss if isinstance(loss, tuple) else (loss, jnp.zeros_like(loss))
+    total = jnp.sum(high + low, axis=1) if reduced_rank == 1 else _total(high, low, implementation)
+    for name in ("features", "weight"):
+        if name in found and found[name].ndim == 3:
+            found[name] = jnp.sum(found[name], axis=0)
+    if "scale" in gradients:
+        # The sum of gradients times unscaled logits, without another product.
+        found["scale"] = jnp.sum(found["features"] * features.astype(wide))
+    if scale is not None and "features" in found:
+        found["features"] = found["features"] * scale
+    return [
+        total, *(found[name].astype(residual_dtype(given[name].dtype)) for name in gradients)
+    ]
+
+
+def _add(high: Array, low: Array, more: Array) -> tuple[Array, Array]:
+    """A sum in two parts, with one more term."""
+    total, error = two_sum(high, more)
+    return total, jnp.where(jnp.isfinite(total), low + error, 0)
+
+
+def _total(high: Array, low: Array, implementation: str | None) -> Array:
+    """The sum of all rows, rounded once."""
+    none = jnp.zeros((1, 1), high.dtype)
+    total, error = bce(
+        *vary_alike(none, none, none + 1, none, high),
+        modifiers=("weight",),
+        kind="total",
+        reduced_rank=2,
+        count=1,
+        implementation=implementation,
+        loss_dtype=high.dtype,
+    )
+    return total + (error + jnp.sum(low))
+
+
+class _Moving(NamedTuple):
+    """The operands with tangents, and the primitive as a function of them alone."""
+
+    primals: list[Array]
+    tangents: list[Array]
+    function: Any
+
+
+def _moving(primals: Sequence[Array], tangents: Sequence[Any], function: Any) -> _Moving:
+    moving = [i for i, dot in enumerate(tangents) if not isinstance(dot, ad.Zero)]
+
+    def of_moving(*values: Array) -> Any:
+        changed = dict(zip(moving, values, strict=True))
+        return function(*(changed.get(i, primal) for i, primal in enumerate(primals)))
+
+    return _Moving([primals[i] for i in moving], [tangents[i] for i in moving], of_moving)
+
+
+def _jvp_as_it_stands(function: Any, primals: Sequence[Array], tangents: Sequence[Any]) -> Any:
+    """Differentiates a function that is written in JAX."""
+    moving = _moving(primals, tangents, function)
+    return jax.jvp(moving.function, moving.primals, moving.tangents)
+
+
+def linear(*operands: Array, **params: Any) -> list[Array]:
+    """Binds the primitive.
+
+    `names` are those of the operands: features (rows, width), weight (width, labels), smoothing
+    (1, 1), labels (rows or 1, labels or 1) or positives (rows, k); maybe bias (1, labels), scale,
+    OPTIONS, which broadcast against the logits, and cotangent (rows, 1), a factor for
+    each row. The first result is the loss, in the arithmetic's dtype: of each row (reduced_rank 1)
+    or of all (2), divided by count. The others are the named gradients of its sum. A block and its
+    gradient take at most `budget` bytes on each device.
+    """
+    return linear_p.bind(*operands, **params)  # type: ignore[no-any-return]
+
+
+@functools.partial(jax.jit, static_argnames=("primitive", "params"))
+def _compiled(*operands: Array, primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
+    return primitive.bind(*operands, **dict(params))
+
+
+def _types(
+    operands: Sequence[Any],
+    *,
+    names: tuple[str, ...],
+    gradients: tuple[str, ...],
+    reduced_rank: int,
+    **params: Any,
+) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """The shapes and dtypes of the results of a walk."""
+    given = dict(zip(names, operands, strict=False))
+    x, w = given["features"], given["weight"]
+    loss = x.shape[:1] if reduced_rank == 1 else ()
+    of_gradients = [(given[n].shape, residual_dtype(given[n].dtype)) for n in gradients]
+    return [(loss, arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))), *of_gradients]
+
+
+def _implement(primitive: Primitive, function: Any, types: Any) -> None:
+    """Gives a primitive that is written in JAX its rules for evaluation, vmap and lowering."""
+    multiple = primitive.multiple_results
+
+    def evaluate(*operands: Array, **params: Any) -> Any:
+        with jax.disable_jit(False):
+            return _compiled(*operands, primitive=primitive, params=tuple(params.items()))
+
+    def shapes(*operands: Any, **params: Any) -> Any:
+        like = next((aval for aval in operands if not aval.sharding.mesh.empty), None)
+
+        def result(shape: tuple[int, ...], dtype: np.dtype) -> Any:
+            if like is None:
+                return ShapedArray(shape, dtype)
+            sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+            return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+        results = [result(*of_one) for of_one in types(operands, **params)]
+        return results if multiple else results[0]
+
+    def batch(operands: Sequence[Array], axes: Sequence[int | None], **params: Any) -> Any:
+        results = jax.vmap(functools.partial(function, **params), in_axes=axes)(*operands)
+        return results, [0] * len(results) if multiple else 0
+
+    def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        of_context: Any = context
+        plain = {
+            name: [ShapedArray(aval.shape, aval.dtype) for aval in getattr(of_context, name)]
+            for name in ("avals_in", "avals_out")
+        }
+        written = functools.partial(function, devices=devices_of(context), **params)
+        # Even on an explicit mesh, the partitioner chooses the shardings inside.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            rule = mlir.lower_fun(written, multiple_results=multiple)
+            return rule(of_context.replace(**plain), *operands)
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(shapes)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lower)
+
+
+def _jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], **params: Any
+) -> tuple[list[Array], list[Array]]:
+    names = params["names"]
+    if params["gradients"] or "cotangent" in names:
+        return _jvp_as_it_stands(functools.partial(walk, **params), primals, tangents)  # type: ignore
+    fast: list[Any] = [
+        dot if name in PARAMETERS else ad.Zero(dot.aval if isinstance(dot, ad.Zero) else dot)
+        for name, dot in zip(names, tangents, strict=True)
+    ]
+    moving = tuple(n for n, dot in zip(names, fast, strict=True) if not isinstance(dot, ad.Zero))
+    dots = [dot for dot in fast if not isinstance(dot, ad.Zero)]
+    terms = []
+    if moving and params["reduced_rank"] == 2:
+        loss, *gradients = linear(*primals, **params | {"gradients": moving})
+        wide = loss.dtype
+        products = (
+            jnp.sum(gradient.astype(wide) * dot.astype(wide))
+            for gradient, dot in zip(gradients, dots, strict=True)
+        )
+        terms.append(sum(products, jnp.zeros((), wide)))
+    else:
+        (loss,) = linear(*primals, **params)
+        if moving:
+            terms.append(tangent_p.bind(*primals, *dots, moving=moving, **params))
+    others = [
+        dot if name not in PARAMETERS else ad.Zero(dot.aval if isinstance(dot, ad.Zero) else dot)
+        for name, dot in zip(names, tangents, strict=True)
+    ]
+    if any(not isinstance(dot, ad.Zero) for dot in others):
+        _, (more,) = _jvp_as_it_stands(functools.partial(walk, **params), primals, others)
+        terms.append(more)
+    return [loss], [sum(terms[1:], terms[0])]
+
+
+def _tangent(*operands: Array, moving: tuple[str, ...], devices: int = 1, **params: Any) -> Array:
+    """The tangent of each row's loss; the last operands are the tangents of those named."""
+    names = params["names"]
+    primals, dots = operands[: len(names)], dict(zip(moving, operands[len(names) :], strict=True))
+    tangents = [dots.get(name) for name in names]
+    function = functools.partial(walk, devices=devices, **params)
+    zeros = [
+        ad.Zero(jax.typeof(p)) if dot is None else dot
+        for p, dot in zip(primals, tangents, strict=True)
+    ]
+    _, (dot,) = _jvp_as_it_stands(function, primals, zeros)
+    return dot
+
+
+def _transpose(cotangent: Any, *operands: Any, moving: tuple[str, ...], **params: Any) -> Any:
+    names = params["names"]
+    primals, dots = operands[: len(names)], operands[len(names) :]
+    results: list[Any] = [None] * len(operands)
+    if isinstance(cotangent, ad.Zero):
+        return results
+    wanted = tuple(
+        name for name, dot in zip(moving, dots, strict=True) if ad.is_undefined_primal(dot)
+    )
+    changed = params | {"names": (*names, "cotangent"), "gradients": wanted}
+    _, *gradients = linear(*primals, cotangent[:, None], **changed)
+    for name, gradient in zip(wanted, gradients, strict=True):
+        place = len(names) + moving.index(name)
+        results[place] = gradient.astype(operands[place].aval.dtype)
+    return results
+
+
+def _jvp_of_tangent(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> Any:
+    return _jvp_as_it_stands(functools.partial(_tangent, **params), primals, tangents)
+
+
+_implement(linear_p, walk, _types)
+_implement(tangent_p, _tangent, lambda operands, moving, **params: _types(operands, **params))
+ad.primitive_jvps[linear_p] = _jvp
+ad.primitive_jvps[tangent_p] = _jvp_of_tangent
+ad.primitive_transposes[tangent_p] = _transpose
