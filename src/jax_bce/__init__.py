@@ -9,6 +9,7 @@ from jax_bce._linear import linear_loss
 from jax_bce._logits_of import logits_of
 from jax_bce._loss import loss, loss_and_grad
 from jax_bce._relatives import asymmetric_loss, focal_loss, grad_and_hess, loss_from_probs
+from jax_bce._siglip import siglip_loss
 
 __all__ = [
     "asymmetric_loss",
@@ -20,6 +21,7 @@ __all__ = [
     "loss",
     "loss_and_grad",
     "loss_from_probs",
+    "siglip_loss",
 ]
 __version__ = _version("jax-bce")
 _DROP_INS = ("keras", "optax", "torch_like")

@@ -4,7 +4,7 @@ from __future__ import annotations  # help() shows names, not the Union behind t
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax_bce._reference import arithmetic_dtype
 from jax_bce._walk import AXES, OPTIONS, linear
 
 _INTEGERS = ("int32", "int8", "uint8", "int16", "int64")
-_BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 64 * 2**20
 
 
 def linear_loss(
@@ -46,17 +46,104 @@ def linear_loss(
     normalizer: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
     precision: Any = None,
-    block_bytes: int = _BLOCK_BYTES,
+    block_bytes: int = BLOCK_BYTES,
     implementation: Implementation | None = None,
 ) -> Array:
-    """DOC"""
+    r"""Binary cross-entropy of the scores of a linear layer, without the scores in memory.
+
+    .. math:: \text{loss}(\text{scale} \cdot \text{features} \, \text{weight} + \text{bias},
+              \, \text{labels})
+
+    For classifiers with many labels, whose logits of shape (rows, labels) would be most of the
+    memory: 8,192 rows and 1,000,000 labels are 31 GiB in float32, and as much again for their
+    gradient. This function computes a block of logits, its loss and its gradient in one pass, and
+    from them this block's part of all gradients, and then forgets the block.
+
+    Args:
+      features: the input of the layer, of shape (rows, width): float16, bfloat16, float32 or
+        float64.
+      weight: the matrix of the layer, of shape (width, labels), in one of these dtypes.
+      labels: as for `loss`, of shape (rows, labels), or scalar.
+      bias: of shape (labels,), or one number.
+      positives: in place of labels, the indices of each row's positive labels, as integers of shape
+        (rows, k), padded with -1. All other labels are 0. An index that occurs twice counts once.
+        Known indices are checked; a traced one that is not from 0 to labels - 1 is padding.
+      scale: a number that multiplies the products, such as a learned inverse temperature.
+      class_weight: the `weight` of `loss`: a factor for each element, usually of shape (labels,).
+      sample_weight: as for `loss`, usually of shape (rows,).
+      pos_weight: as for `loss`, usually of shape (labels,).
+      label_smoothing: as for `loss`.
+      where: as for `loss`, usually of shape (rows,). The features of a row that is dropped as a
+        whole may be NaN, too, if `where` has that shape.
+      ignore_label: as for `loss`; not with positives.
+      reduction: as for `loss`, except "none", whose result would have the size of the logits.
+      axis: None for one loss, or 1 for one loss per row. (One per label is not available.)
+      normalizer: as for `loss`.
+      dtype: of the result; by default float32, or float64 if an argument is.
+      precision: of the matrix products, as for `jax.numpy.dot`; by default, the context's.
+      block_bytes: the memory of a block of logits, its gradient, labels and slices, on each
+        device. The size matters little for the speed, unless it is a fraction of the default.
+      implementation: as for `loss`.
+
+    Returns:
+      The loss: one number, or of shape (rows,).
+
+    Cost:
+      The loss alone takes one matrix product, of 2 rows * width * labels operations. The loss and
+      all its gradients take three, as for any linear layer: nothing is computed twice, unless axis
+      is 1, which takes a fourth. 16-bit features and weights are multiplied as they are, and summed
+      in float32: logits are float32; their gradient is rounded to bfloat16 before its products if
+      both are bfloat16.
+
+    Memory:
+      block_bytes, the results, and float32 sums of the features' size (if rows > labels, of the
+      weight's size). If rows <= labels, blocks are columns of the logits, otherwise rows. For
+      backpropagation, the gradients themselves are stored, in the size of their arguments; if axis
+      is 1, nothing. Reverse-mode differentiation of a gradient (not `jax.jvp` of it) stores every
+      block.
+
+    Derivatives:
+      As for `loss`, with respect to features, weight, bias, scale, and everything else that may be
+      traced, to any order and in any mode. One call computes those with respect to the first four.
+      Others take an additional pass.
+
+    Several devices:
+      Rows, labels or both may be sharded, by jit or in a shard_map, the width may not. Nothing is
+      gathered. On explicit mesh axes and in a shard_map, each gradient takes one all-reduce over
+      the axes that its argument is not sharded over. On automatic axes, the weight's gradient (if
+      rows > labels: the features') is reduced block by block, in as many bytes. There, the other is
+      kept on each device for the rows of all devices, if that takes at most block_bytes; otherwise,
+      sharded labels cost an all-reduce of it in each block. The number of labels (or of rows, if
+      there are more) must be a multiple of the devices that share them. In a shard_map over labels,
+      positives are those of the shard: subtract the index of its first label from them.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as for `loss`; ValueError if the shapes of features,
+        weight, bias, scale or positives do not fit, a known index is out of range, or an option is
+        not available.
+
+    Source:
+      For softmax, the idea is that of Wijmans et al., Cut Your Losses in Large-Vocabulary Language
+      Models, 2024, https://arxiv.org/abs/2411.09009.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_bce
+      >>> features = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> weight = jnp.array([[2.0, -1.0, 0.0], [0.0, 1.0, -3.0]])
+      >>> positives = jnp.array([[0, -1], [1, 2]])  # rows with one and with two positive labels
+      >>> loss = lambda weight: jax_bce.linear_loss(features, weight, positives=positives)
+      >>> value, gradient = jax.value_and_grad(loss)(weight)
+      >>> print(value, gradient)
+      0.86472213 [[-0.01986715  0.04482357  0.08333334]
+       [ 0.08333334 -0.04482357 -0.15876237]]
+    """
     x, w = _factors(features, weight)
     shape = x.shape[0], w.shape[1]
     arrays = {"features": x, "weight": w}
     if bias is not None:
         arrays["bias"] = _bias(bias, shape)
     if scale is not None:
-        arrays["scale"] = _number("scale", scale)
+        arrays["scale"] = number("scale", scale)
     if (labels is None) == (positives is None):
         raise TypeError(
             "linear_loss() takes either labels or positives, got "
@@ -92,7 +179,7 @@ def linear_loss(
         for name, group in (("arrays", arrays), ("options", options))
     }
     run = _run if _check.is_on() else _compiled
-    static = arguments.options, _bytes(block_bytes), _precision(precision)
+    static = arguments.options, block_size(block_bytes), precision_of(precision)
     result: Array = run(*static, owned["arrays"], owned["options"])
     return result
 
@@ -127,7 +214,7 @@ def _bias(bias: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
     return array
 
 
-def _number(name: str, value: ArrayLike) -> AnyArray:
+def number(name: str, value: ArrayLike) -> AnyArray:
     array = operand(name, value)
     if array.ndim:
         raise ValueError(f"{name} must be one number, got shape {array.shape}.")
@@ -188,7 +275,7 @@ def _check_reduction(reduction: str, axis: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _bytes(value: int) -> int:
+def block_size(value: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -200,7 +287,7 @@ def _bytes(value: int) -> int:
     return number
 
 
-def _precision(precision: Any) -> Any:
+def precision_of(precision: Any) -> Any:
     """The precision of the products: the context's, too, which does not reach the lowering."""
     context: Any = jax.config
     return precision if precision is not None else context.jax_default_matmul_precision
@@ -220,6 +307,10 @@ def _run(
     wide = arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))
     call = call_of({"logits": jnp.broadcast_to(jnp.zeros((), wide), shape)} | others, options)
     _, labels, _, smoothing, *modifiers = call.operands
+    where = others.get("where")
+    if where is not None and where.size == shape[0] and where.shape[:1] == shape[:1]:
+        # Their gradient is 0, and its product with NaN would be NaN.
+        x = arrays["features"] = jnp.where(where.reshape(-1, 1), x, 0)
     if "bias" in arrays:
         arrays["bias"] = jnp.broadcast_to(arrays["bias"], shape[1:])[None]
     if "scale" in arrays:
@@ -254,14 +345,24 @@ def _local(arrays: dict[str, Array], **params: Any) -> Array:
 
 def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     """The loss; on an explicit mesh, each device walks its own rows and labels."""
-    rows, labels = (_spread(arrays, dimension) for dimension in (0, 1))
+    refuse_sharded_width({"features": (arrays["features"], 1), "weight": (arrays["weight"], 0)})
+    places = {name: AXES.get(name, (0, 1)) for name in arrays}
+    rows, labels = (
+        sharded_over(
+            {
+                name: (arrays[name], at)
+                for name, both in places.items()
+                if (at := both[k]) is not None
+            }
+        )
+        for k in (0, 1)
+    )
     if not rows and not labels:
         return _local(arrays, **params)
     specs = {}
     for name, array in arrays.items():
-        axes = AXES.get(name, (0, 1))
         spec: list[Any] = [None] * array.ndim
-        for own, names in zip(axes, (rows, labels), strict=True):
+        for own, names in zip(places[name], (rows, labels), strict=True):
             if own is not None and array.shape[own] > 1:
                 spec[own] = names or None
         specs[name] = PartitionSpec(*spec)
@@ -287,26 +388,34 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     return function(arrays)  # type: ignore[no-any-return]
 
 
-def _spread(arrays: dict[str, Array], dimension: int) -> tuple[str, ...]:
-    """The axes of an explicit mesh that the rows (0), or the labels (1), are sharded over."""
+def _axes_at(array: Array, place: int) -> tuple[str, ...]:
+    """The axes of an explicit mesh that a dimension of the array is sharded over."""
+    aval: Any = jax.typeof(array)
+    spec = (*aval.sharding.spec, *[None] * array.ndim)
+    axes = spec[place]
+    return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+
+
+def sharded_over(arrays: Mapping[str, tuple[Array, int]]) -> tuple[str, ...]:
+    """The axes of an explicit mesh that these dimensions of the arrays are sharded over."""
     found: dict[tuple[str, ...], str] = {}
-    for name, array in arrays.items():
-        aval: Any = jax.typeof(array)
-        spec = [*aval.sharding.spec, *[None] * array.ndim][: array.ndim]
-        own = AXES.get(name, (0, 1))[dimension]
-        for place, axes in enumerate(spec):
-            names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-            if names and place == own:
-                found.setdefault(names, name)
-            elif names and name in ("features", "weight") and place != AXES[name][1 - dimension]:
-                raise ValueError(
-                    f"{name} is sharded over its width as {aval.sharding.spec}: reshard it with "
-                    f"jax.sharding.reshard, to shard rows and labels only."
-                )
+    for name, (array, place) in arrays.items():
+        if axes := _axes_at(array, place):
+            found.setdefault(axes, name)
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise ValueError(
-            f"{first} is sharded over {one} and {second} over {other} along the same dimension: "
-            "shard them alike with jax.sharding.reshard."
+            f"{first} is sharded over {one} and {second} over {other} in the same dimension: shard "
+            "them alike with jax.sharding.reshard."
         )
     return next(iter(found), ())
+
+
+def refuse_sharded_width(arrays: Mapping[str, tuple[Array, int]]) -> None:
+    """Raises if this dimension, over which the products sum, is sharded over an explicit mesh."""
+    for name, (array, place) in arrays.items():
+        if axes := _axes_at(array, place):
+            raise ValueError(
+                f"{name} is sharded over its width, by {axes}: reshard it with "
+                "jax.sharding.reshard, so that rows and labels alone are sharded."
+            )

@@ -3,16 +3,16 @@
     loss      = factor * (element losses, summed over each row, or over all)
     gradients = the derivatives of the sum with respect to features, weight, bias and scale
 
-The longer dimension of the logits, rows or labels, is walked: a loop slices the operands, multiplies
-them, and passes the block's logits to the primitive of `_primitive.py`, which returns the losses and
-their gradient in one pass. The gradient's two products follow at once, so a block is computed once
-and then forgotten: three products in all, and one where only the loss is asked for.
+The longer dimension of the logits, rows or labels, is walked: a loop slices the operands,
+multiplies them, and passes the block's logits to the primitive of `_primitive.py`, which returns
+losses and gradient in one pass. The gradient's two products follow at once, so a block is computed
+once and then forgotten: three products in all, and one if only the loss is requested.
 
 Where XLA shards the program over several devices, a slice of a sharded dimension would have to be
-sent to all of them. So the walked dimension is first divided into as many equal parts as the devices
-can require, and a block consists of a slice of every part. (As in `_call.py`, the shardings are not
-known here.) What is summed over the blocks is kept apart for each part until the end, where that
-fits into a block's memory: one all-reduce instead of one for each block.
+sent to all of them. So the walked dimension is first divided into as many equal parts as the
+devices can require, and a block consists of a slice of every part. (As in `_call.py`, the shardings
+are not known here.) What is summed over the blocks is kept apart for each part until the end, if
+that fits into the memory of a block: one all-reduce instead of one per block.
 
 The derivative rules work as in `_derivatives.py`. If everything is summed, the loss is
 differentiated into the same walk with gradients, which are the only residuals. A loss for each row
@@ -216,34 +216,37 @@ def walk(
             found["bias"] = jnp.sum(exact, axis=0, keepdims=True)
         return found
 
-    def is_walked(name: str) -> bool:
-        return AXES.get(name, (0, 1))[how.axis] is not None
+    def walked_axis(name: str) -> int | None:
+        return AXES.get(name, (0, 1))[how.axis]
 
     def empty(name: str) -> Any:
         if name == "loss":
             zeros = jnp.zeros((rows, parts), wide)
-            return zeros if is_walked(name) else (zeros, zeros)
+            return (zeros, zeros) if walked_axis(name) is None else zeros
         shape = given[name].shape
-        if is_walked(name):
+        if walked_axis(name) is not None:
             exact = name == "features" and "scale" in gradients
             return jnp.zeros(shape, wide if exact else residual_dtype(given[name].dtype))
         return jnp.zeros(shape if apart == 1 or name == "bias" else (apart, *shape), wide)
 
     def merge(so_far: dict[str, Any], start: Array, block: int) -> dict[str, Any]:
         """The results so far and those of a block: put into their place, or added."""
-        merged = {}
+        merged: dict[str, Any] = {}
         for name, piece in evaluate(start, block).items():
-            before = so_far[name]
-            if is_walked(name):
-                axis = AXES.get(name, (0, 1))[how.axis]
+            before, axis = so_far[name], walked_axis(name)
+            if axis is not None:
                 merged[name] = how.put(before, piece.astype(before.dtype), axis, start, block)
+            elif name == "loss":
+                high, low = before
+                merged[name] = add_in_two_parts(high, low, piece)
             else:
-                merged[name] = _add(*before, piece) if name == "loss" else before + piece
+                merged[name] = before + piece
         return merged
 
     if how.one:
         found: dict[str, Any] = evaluate(jnp.int32(0), how.block)
     else:
+        structure: Any
         leaves, structure = jax.tree.flatten({name: empty(name) for name in ("loss", *wanted)})
         found = structure.unflatten(vary_alike(*leaves, features)[:-1])
         starts = jnp.arange(how.blocks, dtype=np.int32) * how.block
@@ -262,12 +265,10 @@ def walk(
         found["scale"] = jnp.sum(found["features"] * features.astype(wide))
     if scale is not None and "features" in found:
         found["features"] = found["features"] * scale
-    return [
-        total, *(found[name].astype(residual_dtype(given[name].dtype)) for name in gradients)
-    ]
+    return [total, *(found[name].astype(residual_dtype(given[name].dtype)) for name in gradients)]
 
 
-def _add(high: Array, low: Array, more: Array) -> tuple[Array, Array]:
+def add_in_two_parts(high: Array, low: Array, more: Array) -> tuple[Array, Array]:
     """A sum in two parts, with one more term."""
     total, error = two_sum(high, more)
     return total, jnp.where(jnp.isfinite(total), low + error, 0)
@@ -433,8 +434,8 @@ def _tangent(*operands: Array, moving: tuple[str, ...], devices: int = 1, **para
         ad.Zero(jax.typeof(p)) if dot is None else dot
         for p, dot in zip(primals, tangents, strict=True)
     ]
-    _, (dot,) = _jvp_as_it_stands(function, primals, zeros)
-    return dot
+    _, (row_dots,) = _jvp_as_it_stands(function, primals, zeros)
+    return row_dots  # type: ignore[no-any-return]
 
 
 def _transpose(cotangent: Any, *operands: Any, moving: tuple[str, ...], **params: Any) -> Any:
