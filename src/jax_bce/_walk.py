@@ -54,6 +54,7 @@ AXES: dict[str, tuple[int | None, int | None]] = {
     "positives": (0, None),
     "scale": (None, None),
     "loss": (0, None),
+    "rows' scale": (0, None),
 }
 _ROWS, _LABELS = 0, 1
 # Those of `bce`, by their names here, where weight is the matrix.
@@ -95,25 +96,28 @@ class Plan(NamedTuple):
 def plan(given: dict[str, Array], gradients: Sequence[str], budget: int, devices: int) -> Plan:
     """Walks the longer dimension, in blocks of equal size that fit into the budget."""
     features, weight = given["features"], given["weight"]
-    shape = features.shape[0], weight.shape[1]
-    axis = _LABELS if shape[0] <= shape[1] else _ROWS
-    size, other = shape[axis], shape[1 - axis]
-    passes = 2 if gradients else 1  # logits and their gradient; slices and their gradient
-    full = [
+    (rows, width), labels = features.shape, weight.shape[1]
+    axis = _LABELS if rows <= labels else _ROWS
+    size, other = (labels, rows) if axis == _LABELS else (rows, labels)
+    if not rows or not labels:
+        return Plan(axis, 1, size, 1, 0)
+    wide = arithmetic_dtype(jnp.promote_types(features.dtype, weight.dtype)).itemsize
+    of_shape = [
         given[name].dtype.itemsize
         for name in ("labels", *OPTIONS)
-        if name in given and given[name].size > max(shape)
+        if name in given and given[name].size > max(rows, labels)
     ]
-    wide = arithmetic_dtype(jnp.promote_types(features.dtype, weight.dtype))
-    element = passes * wide.itemsize
-    element += sum(full) + ("positives" in given)
-    walked = weight if axis == _LABELS else features
-    bytes_per_index = other * element + features.shape[1] * walked.dtype.itemsize * passes
+    # Logits, and a second array: their products, or their gradient.
+    arrays = 2 if gradients or "scale" in given or "bias" in given else 1
+    element = arrays * wide + sum(of_shape) + ("positives" in given)
+    walked = (weight if axis == _LABELS else features).dtype.itemsize
+    bytes_per_index = other * element + width * walked * (2 if gradients else 1)
+    kept = 2 * other * width * wide if gradients else 0  # a sum and what is added to it
+    kept += 4 * rows * wide  # the rows' losses
     parts = math.gcd(size, devices)
     size //= parts
-    kept = other * features.shape[1] * wide.itemsize if gradients else 0
     room = max(budget - kept, budget // 2) * devices
-    largest = max(1, room // (parts * max(1, bytes_per_index)))
+    largest = max(1, room // (parts * bytes_per_index))
     least = -(-size // largest)
     # Blocks that divide the size need a rest neither in the program nor in memory.
     for blocks in range(least, 2 * least):
@@ -135,6 +139,164 @@ def _dense(positives: Array, start: Any, block: int, parts: int, labels: int) ->
     return jax.vmap(jax.vmap(of_row))(index).reshape(len(positives), -1)
 
 
+class _Walk:
+    """The operands of one walk, and what it does with them."""
+
+    def __init__(
+        self,
+        given: dict[str, Array],
+        gradients: tuple[str, ...],
+        params: dict[str, Any],
+        budget: int,
+        precision: Any,
+        devices: int,
+    ) -> None:
+        features, weight = given["features"], given["weight"]
+        self.given, self.gradients, self.params = given, gradients, params
+        self.plan = plan(given, gradients, budget, devices)
+        self.by_label = self.plan.axis == _LABELS
+        self.dtype = jnp.promote_types(features.dtype, weight.dtype)
+        self.wide = arithmetic_dtype(self.dtype)
+        self.dot = functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=self.wide
+        )
+        self.scale = given["scale"].astype(self.wide) if "scale" in given else None
+        self.parts = self.plan.parts if self.by_label else 1  # of the labels
+        # The gradient that is summed over the blocks, for each part or for all.
+        summed = features if self.by_label else weight
+        fits = summed.size * self.wide.itemsize <= budget
+        self.apart = self.plan.parts if fits else 1
+        # By name: the results of a block.
+        self.results = ["loss", *(name for name in ("features", "weight") if name in gradients)]
+        if "scale" in gradients:
+            self.results += ["features"] * ("features" not in gradients)
+            self.results += ["rows' scale"] * (not self.by_label)
+        self.results += ["bias"] * ("bias" in gradients)
+
+    def axis(self, name: str) -> int | None:
+        """The axis of an operand or result that is walked."""
+        return AXES.get(name, (0, 1))[self.plan.axis]
+
+    def split(self, array: Array) -> Array:
+        """Rows, parts of the labels, and labels of each part."""
+        rows, labels = array.shape
+        parts = self.parts if labels > 1 else 1
+        return array.reshape(rows, parts, labels // parts)
+
+    def block(self, start: Array, size: int) -> dict[str, Array]:
+        """The losses of one block, of shape (rows, parts), and its gradients."""
+        at = {
+            name: self.plan.cut(array, self.axis(name), start, size)
+            for name, array in self.given.items()
+        }
+        x, w = at["features"], at["weight"]
+        logits = self.dot("rd,dl->rl", x, w)
+        if self.scale is not None:
+            logits = logits * self.scale
+        if "bias" in at:
+            logits = logits + at["bias"].astype(self.wide)
+        if "positives" in at:
+            labels = self.given["weight"].shape[1]
+            first, length = (start, size) if self.by_label else (0, labels)
+            at["labels"] = _dense(at["positives"], first, length, self.parts, labels)
+        factor = at["cotangent"] if "cotangent" in at else jnp.ones((1, 1), self.wide)
+        options = [name for name in at if name in OPTIONS]
+        operands = (logits, at["labels"], factor, at["smoothing"], *(at[n] for n in options))
+        loss, *gradient = bce(
+            *vary_alike(*map(self.split, operands)),
+            modifiers=tuple(OPTIONS[name] for name in options),
+            kind="loss_and_grad" if self.gradients else "loss",
+            reduced_rank=1,
+            loss_dtype=self.wide,
+            **self.params,
+        )
+        found = {"loss": loss}
+        return (
+            found | self._gradients(x, w, gradient[0].reshape(logits.shape)) if gradient else found
+        )
+
+    def _gradients(self, x: Array, w: Array, exact: Array) -> dict[str, Array]:
+        """The gradients of a block by that of its logits."""
+        g = exact.astype(residual_dtype(self.dtype))  # a factor 1/N would underflow in float16
+        found = {}
+        if "features" in self.results:
+            if self.by_label and self.apart > 1:
+                found["features"] = self.dot("rpl,dpl->prd", self.split(g), self.split(w))
+            else:
+                found["features"] = self.dot("rl,dl->rd", g, w)
+            if not self.by_label:
+                self._scale(found, x)
+        if "weight" in self.results:
+            if not self.by_label and self.apart > 1:
+                of_parts = (a.reshape(self.apart, -1, a.shape[1]) for a in (x, g))
+                product = self.dot("prd,prl->pdl", *of_parts)
+            else:
+                product = self.dot("rd,rl->dl", x, g)
+            found["weight"] = product if self.scale is None else product * self.scale
+        if "bias" in self.results:
+            found["bias"] = jnp.sum(exact, axis=0, keepdims=True)
+        return found
+
+    def _scale(self, found: dict[str, Array], x: Array) -> None:
+        """Scales the features' gradient, whose product with them is the scale's."""
+        if "scale" in self.gradients:
+            products = x.astype(self.wide) * found["features"]
+            found["rows' scale"] = jnp.sum(products, axis=1, keepdims=True)
+        if self.scale is not None:
+            found["features"] = found["features"] * self.scale
+
+    def _zeros(self, name: str) -> Any:
+        rows = self.given["features"].shape[0]
+        if name == "loss":
+            zeros = jnp.zeros((rows, self.parts), self.wide)
+            return (zeros, zeros) if self.by_label else zeros
+        if name == "rows' scale":
+            return jnp.zeros((rows, 1), self.wide)
+        shape, dtype = self.given[name].shape, self.given[name].dtype
+        if self.axis(name) is not None:
+            return jnp.zeros(shape, residual_dtype(dtype))
+        apart = self.apart > 1 and name != "bias"
+        return jnp.zeros((self.apart, *shape) if apart else shape, self.wide)
+
+    def _merge(self, so_far: dict[str, Any], start: Array, size: int) -> dict[str, Any]:
+        """The results so far and those of a block: put into their place, or added."""
+        merged: dict[str, Any] = {}
+        for name, piece in jax.checkpoint(self.block, static_argnums=(1,))(start, size).items():
+            before, axis = so_far[name], self.axis(name)
+            if axis is not None:
+                merged[name] = self.plan.put(before, piece.astype(before.dtype), axis, start, size)
+            elif name == "loss":
+                high, low = before
+                merged[name] = add_in_two_parts(high, low, piece)
+            else:
+                merged[name] = before + piece
+        return merged
+
+    def run(self) -> dict[str, Any]:
+        """The losses of each row and part, in one part or two, and the gradients."""
+        how = self.plan
+        if how.one:
+            found: dict[str, Any] = self.block(jnp.int32(0), how.block)
+        else:
+            structure: Any
+            leaves, structure = jax.tree.flatten({n: self._zeros(n) for n in self.results})
+            found = structure.unflatten(vary_alike(*leaves, self.given["features"])[:-1])
+            starts = jnp.arange(how.blocks, dtype=np.int32) * how.block
+            found, _ = lax.scan(
+                lambda so_far, start: (self._merge(so_far, start, how.block), None), found, starts
+            )
+            if how.rest:
+                found = self._merge(found, jnp.int32(how.blocks * how.block), how.rest)
+        for name in ("features", "weight"):
+            if name in found and found[name].ndim == 3:
+                found[name] = jnp.sum(found[name], axis=0)
+        if "features" in found and self.by_label:
+            self._scale(found, self.given["features"])
+        if "rows' scale" in found:
+            found["scale"] = jnp.sum(found["rows' scale"])
+        return found
+
+
 def walk(
     *operands: Array,
     names: tuple[str, ...],
@@ -148,123 +310,11 @@ def walk(
 ) -> list[Array]:
     """The primitive in plain JAX around `bce`; `linear` documents the arguments."""
     given = dict(zip(names, operands, strict=True))
-    features, weight = given["features"], given["weight"]
-    (rows, width), labels = features.shape, weight.shape[1]
-    dtype = jnp.promote_types(features.dtype, weight.dtype)
-    wide = arithmetic_dtype(dtype)
-    options = [name for name in names if name in OPTIONS]
-    how = plan(given, gradients, budget, devices)
-    by_label = how.axis == _LABELS
-    parts = how.parts if by_label else 1  # of the labels
-    kept = width * (rows if by_label else labels) * wide.itemsize
-    apart = how.parts if kept <= budget else 1  # the sums over blocks, one for each part
-    wanted = [name for name in ("features", "weight", "bias") if name in gradients]
-    if "scale" in gradients and "features" not in gradients:
-        wanted.append("features")
-    scale = given["scale"].astype(wide) if "scale" in given else None
-    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
-
-    def split(array: Array) -> Array:
-        """Rows, parts of the labels, and labels of each part."""
-        return array.reshape(array.shape[0], parts if array.shape[1] > 1 else 1, -1)
-
-    @functools.partial(jax.checkpoint, static_argnums=(1,))
-    def evaluate(start: Array, block: int) -> dict[str, Array]:
-        """The losses of one block, of shape (rows, parts), and its gradients."""
-        at = {
-            name: how.cut(array, AXES.get(name, (0, 1))[how.axis], start, block)
-            for name, array in given.items()
-        }
-        x, w = at["features"], at["weight"]
-        logits = dot("rd,dl->rl", x, w)
-        if scale is not None:
-            logits = logits * scale
-        if "bias" in at:
-            logits = logits + at["bias"].astype(wide)
-        if "positives" in at:
-            first, length = (start, block) if by_label else (0, labels)
-            at["labels"] = _dense(at["positives"], first, length, parts, labels)
-        factor = at["cotangent"] if "cotangent" in at else jnp.ones((1, 1), wide)
-        others = (at["labels"], factor, at["smoothing"], *(at[name] for name in options))
-        loss, *gradient = bce(
-            *vary_alike(*map(split, (logits, *others))),
-            modifiers=tuple(OPTIONS[name] for name in options),
-            kind="loss_and_grad" if gradients else "loss",
-            reduced_rank=1,
-            count=count,
-            implementation=implementation,
-            loss_dtype=wide,
-        )
-        found = {"loss": loss}
-        if not gradient:
-            return found
-        exact = gradient[0].reshape(logits.shape)
-        g = exact.astype(residual_dtype(dtype))  # a factor 1/N would underflow in float16
-        if "features" in wanted:
-            if by_label and apart > 1:
-                found["features"] = dot("rpl,dpl->prd", split(g), split(w))
-            else:
-                found["features"] = dot("rl,dl->rd", g, w)
-        if "weight" in wanted:
-            if not by_label and apart > 1:
-                of_parts = (array.reshape(apart, -1, array.shape[1]) for array in (x, g))
-                product = dot("prd,prl->pdl", *of_parts)
-            else:
-                product = dot("rd,rl->dl", x, g)
-            found["weight"] = product if scale is None else product * scale
-        if "bias" in wanted:
-            found["bias"] = jnp.sum(exact, axis=0, keepdims=True)
-        return found
-
-    def walked_axis(name: str) -> int | None:
-        return AXES.get(name, (0, 1))[how.axis]
-
-    def empty(name: str) -> Any:
-        if name == "loss":
-            zeros = jnp.zeros((rows, parts), wide)
-            return (zeros, zeros) if walked_axis(name) is None else zeros
-        shape = given[name].shape
-        if walked_axis(name) is not None:
-            exact = name == "features" and "scale" in gradients
-            return jnp.zeros(shape, wide if exact else residual_dtype(given[name].dtype))
-        return jnp.zeros(shape if apart == 1 or name == "bias" else (apart, *shape), wide)
-
-    def merge(so_far: dict[str, Any], start: Array, block: int) -> dict[str, Any]:
-        """The results so far and those of a block: put into their place, or added."""
-        merged: dict[str, Any] = {}
-        for name, piece in evaluate(start, block).items():
-            before, axis = so_far[name], walked_axis(name)
-            if axis is not None:
-                merged[name] = how.put(before, piece.astype(before.dtype), axis, start, block)
-            elif name == "loss":
-                high, low = before
-                merged[name] = add_in_two_parts(high, low, piece)
-            else:
-                merged[name] = before + piece
-        return merged
-
-    if how.one:
-        found: dict[str, Any] = evaluate(jnp.int32(0), how.block)
-    else:
-        structure: Any
-        leaves, structure = jax.tree.flatten({name: empty(name) for name in ("loss", *wanted)})
-        found = structure.unflatten(vary_alike(*leaves, features)[:-1])
-        starts = jnp.arange(how.blocks, dtype=np.int32) * how.block
-        found, _ = lax.scan(lambda so_far, at: (merge(so_far, at, how.block), None), found, starts)
-        if how.rest:
-            found = merge(found, jnp.int32(how.blocks * how.block), how.rest)
-
-    loss = found.pop("loss")
+    params = {"count": count, "implementation": implementation}
+    found = _Walk(given, gradients, params, budget, precision, devices).run()
+    loss = found["loss"]
     high, low = loss if isinstance(loss, tuple) else (loss, jnp.zeros_like(loss))
     total = jnp.sum(high + low, axis=1) if reduced_rank == 1 else _total(high, low, implementation)
-    for name in ("features", "weight"):
-        if name in found and found[name].ndim == 3:
-            found[name] = jnp.sum(found[name], axis=0)
-    if "scale" in gradients:
-        # The sum of gradients times unscaled logits, without another product.
-        found["scale"] = jnp.sum(found["features"] * features.astype(wide))
-    if scale is not None and "features" in found:
-        found["features"] = found["features"] * scale
     return [total, *(found[name].astype(residual_dtype(given[name].dtype)) for name in gradients)]
 
 
