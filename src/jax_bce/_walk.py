@@ -200,7 +200,7 @@ class _Walk:
             first, length = (start, size) if self.by_label else (0, labels)
             at["labels"] = _dense(at["positives"], first, length, self.parts, labels)
         factor = at["cotangent"] if "cotangent" in at else jnp.ones((1, 1), self.wide)
-        options = [name for name in at if name in OPTIONS]
+        options = [name for name in OPTIONS if name in at]  # in this order
         operands = (logits, at["labels"], factor, at["smoothing"], *(at[n] for n in options))
         loss, *gradient = bce(
             *vary_alike(*map(self.split, operands)),
