@@ -21,6 +21,7 @@ from hlo import kernel_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -29,6 +30,7 @@ PARAMETERS = ("features", "weight", "bias", "scale")
 # them is a single block.
 SIZES = {"labels": (24, 60, 8), "rows": (60, 24, 8), "uneven": (13, 101, 5), "column": (30, 1, 3)}
 # A column or a row at a time, a few, and everything.
+quick = partial(jax.jit, compiler_options=QUICKLY)
 BLOCKS = {"one": 1, "some": 4096, "all": 2**26}
 
 
@@ -50,7 +52,7 @@ class Case:
             return jnp.sum(losses * row_cotangents(losses)), losses
 
         moving = {name: jnp.asarray(self.arrays[name]) for name in names}
-        (_, losses), found = jax.jit(jax.value_and_grad(objective, has_aux=True))(moving)
+        (_, losses), found = quick(jax.value_and_grad(objective, has_aux=True))(moving)
         return losses, found
 
 
@@ -128,7 +130,7 @@ def assert_as_dense(case: Case, **keywords: Any) -> None:
     for name, gradient in gradients.items():
         assert gradient.dtype == case.arrays[name].dtype
         assert_close(gradient, exact_gradients[name], loosest, name)
-    assert_close(jax.jit(partial(case.loss, **keywords))(), exact, oracle.LINEAR[wide.name])
+    assert_close(quick(partial(case.loss, **keywords))(), exact, oracle.LINEAR[wide.name])
 
 
 def layer(
@@ -552,8 +554,8 @@ def test_transformations(name: str, reduced: str) -> None:
     """With respect to everything that has a derivative, in three blocks and a rest."""
     arrays = jax.tree.map(jnp.asarray, INPUTS)
     transform = TRANSFORMED[name]
-    found = jax.jit(transform(partial(of_layer, **REDUCED[reduced])))(arrays)
-    wanted = jax.jit(transform(partial(of_logits, **REDUCED[reduced])))(arrays)
+    found = quick(transform(partial(of_layer, **REDUCED[reduced])))(arrays)
+    wanted = quick(transform(partial(of_logits, **REDUCED[reduced])))(arrays)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     tolerance = 100 * oracle.SURROUNDINGS if name == "third" else 10 * oracle.SURROUNDINGS
     jax.tree.map(partial(assert_close, tolerance=tolerance), found, wanted)
@@ -565,8 +567,7 @@ def test_transformations_of_each_walk(name: str, sizes: str) -> None:
     arrays = jax.tree.map(jnp.asarray, layer(*SIZES[sizes]))
     for keywords in ({}, {"axis": 1}):
         found, wanted = (
-            jax.jit(TRANSFORMED[name](partial(f, **keywords)))(arrays)
-            for f in (of_layer, of_logits)
+            quick(TRANSFORMED[name](partial(f, **keywords)))(arrays) for f in (of_layer, of_logits)
         )
         jax.tree.map(partial(assert_close, tolerance=10 * oracle.SURROUNDINGS), found, wanted)
 

@@ -152,14 +152,14 @@ def linear_loss(
     if positives is not None:
         arrays["positives"] = _positives(positives, shape, ignore_label)
     _check_reduction(reduction, axis, shape)
-    given = _indices_hint(labels, shape)
+    _refuse_class_indices(labels, shape)
     # A view of one number, for its shape: the checks are those of `loss`.
     wide = arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))
     logits = np.broadcast_to(np.zeros((), wide), shape)
     with renamed(weight="class_weight"):
         arguments = checked(
             logits,
-            0 if labels is None else given,
+            0 if labels is None else labels,
             weight=class_weight,
             sample_weight=sample_weight,
             pos_weight=pos_weight,
@@ -172,16 +172,16 @@ def linear_loss(
             dtype=dtype,
             implementation=implementation,
         )
-    options = dict(arguments.arrays)
-    options.pop("logits")
-    owned = {
-        name: {key: a if isinstance(a, Array) else a.copy() for key, a in group.items()}
-        for name, group in (("arrays", arrays), ("options", options))
-    }
+    others = {name: array for name, array in arguments.arrays.items() if name != "logits"}
     run = _run if _check.is_on() else _compiled
     static = arguments.options, block_size(block_bytes), precision_of(precision)
-    result: Array = run(*static, owned["arrays"], owned["options"])
+    result: Array = run(*static, owned(arrays), owned(others))
     return result
+
+
+def owned(arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Arrays that the user cannot change while the call runs: jit reads NumPy's in place."""
+    return {name: a if isinstance(a, Array) else a.copy() for name, a in arrays.items()}
 
 
 def _factors(features: ArrayLike, weight: ArrayLike) -> tuple[AnyArray, AnyArray]:
@@ -215,6 +215,7 @@ def _bias(bias: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
 
 
 def number(name: str, value: ArrayLike) -> AnyArray:
+    """One number, which may be traced."""
     array = operand(name, value)
     if array.ndim:
         raise ValueError(f"{name} must be one number, got shape {array.shape}.")
@@ -247,8 +248,8 @@ def _positives(
     return array
 
 
-def _indices_hint(labels: Any, shape: tuple[int, ...]) -> Any:
-    """The labels; raises if they are class indices."""
+def _refuse_class_indices(labels: Any, shape: tuple[int, ...]) -> None:
+    """Raises for one index per row, which `loss` would want as a matrix."""
     own = getattr(labels, "shape", None)
     kind = getattr(getattr(labels, "dtype", None), "kind", "")
     if own == shape[:1] and shape[1:] != shape[:1] and kind in "iu":
@@ -256,7 +257,6 @@ def _indices_hint(labels: Any, shape: tuple[int, ...]) -> Any:
             f"labels of shape {own} do not match features @ weight of shape {shape}: for class "
             "indices, use positives=labels[:, None]."
         )
-    return labels
 
 
 def _check_reduction(reduction: str, axis: Any, shape: tuple[int, ...]) -> None:
@@ -276,15 +276,16 @@ def _check_reduction(reduction: str, axis: Any, shape: tuple[int, ...]) -> None:
 
 
 def block_size(value: int) -> int:
+    """The number of bytes of a block, which is static."""
     try:
-        number = operator.index(value)
+        size = operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
+        size = 0
+    if size < 1 or isinstance(value, bool):
         raise ValueError(
             f"block_bytes must be a positive number of bytes, such as 64 * 2**20, got {value!r}."
         )
-    return number
+    return size
 
 
 def precision_of(precision: Any) -> Any:

@@ -24,6 +24,7 @@ from jax_bce._linear import (
     BLOCK_BYTES,
     block_size,
     number,
+    owned,
     precision_of,
     refuse_sharded_width,
     sharded_over,
@@ -106,9 +107,8 @@ def siglip_loss(
         "budget": block_size(block_bytes),
         "precision": precision_of(precision),
     }
-    owned = {name: a if isinstance(a, Array) else a.copy() for name, a in arrays.items()}
     run = _run if _check.is_on() else _compiled
-    result: Array = run(axes, tuple(params.items()), owned)
+    result: Array = run(axes, tuple(params.items()), owned(arrays))
     return result
 
 

@@ -81,7 +81,7 @@ class Plan(NamedTuple):
             return array
         view = self._view(array, axis)
         piece = lax.dynamic_slice_in_dim(view, start, block, axis + 1)
-        return piece.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+        return piece.reshape(*array.shape[:axis], self.parts * block, *array.shape[axis + 1 :])
 
     def put(self, array: Array, piece: Array, axis: int, start: Any, block: int) -> Array:
         """The array with a block replaced."""
@@ -90,7 +90,8 @@ class Plan(NamedTuple):
         return lax.dynamic_update_slice_in_dim(view, piece, start, axis + 1).reshape(array.shape)
 
     def _view(self, array: Array, axis: int) -> Array:
-        return array.reshape(*array.shape[:axis], self.parts, -1, *array.shape[axis + 1 :])
+        size = array.shape[axis] // self.parts
+        return array.reshape(*array.shape[:axis], self.parts, size, *array.shape[axis + 1 :])
 
 
 def plan(given: dict[str, Array], gradients: Sequence[str], budget: int, devices: int) -> Plan:
@@ -228,7 +229,9 @@ class _Walk:
                 self._scale(found, x)
         if "weight" in self.results:
             if not self.by_label and self.apart > 1:
-                of_parts = (a.reshape(self.apart, -1, a.shape[1]) for a in (x, g))
+                of_parts = (
+                    a.reshape(self.apart, a.shape[0] // self.apart, a.shape[1]) for a in (x, g)
+                )
                 product = self.dot("prd,prl->pdl", *of_parts)
             else:
                 product = self.dot("rd,rl->dl", x, g)
@@ -339,28 +342,17 @@ def _total(high: Array, low: Array, implementation: str | None) -> Array:
     return total + (error + jnp.sum(low))
 
 
-class _Moving(NamedTuple):
-    """The operands with tangents, and the primitive as a function of them alone."""
-
-    primals: list[Array]
-    tangents: list[Array]
-    function: Any
-
-
-def _moving(primals: Sequence[Array], tangents: Sequence[Any], function: Any) -> _Moving:
-    moving = [i for i, dot in enumerate(tangents) if not isinstance(dot, ad.Zero)]
+def _jvp_as_it_stands(function: Any, primals: Sequence[Array], tangents: Sequence[Any]) -> Any:
+    """Differentiates a function that is written in JAX; None is the tangent of a constant."""
+    moving = [
+        i for i, dot in enumerate(tangents) if dot is not None and not isinstance(dot, ad.Zero)
+    ]
 
     def of_moving(*values: Array) -> Any:
         changed = dict(zip(moving, values, strict=True))
         return function(*(changed.get(i, primal) for i, primal in enumerate(primals)))
 
-    return _Moving([primals[i] for i in moving], [tangents[i] for i in moving], of_moving)
-
-
-def _jvp_as_it_stands(function: Any, primals: Sequence[Array], tangents: Sequence[Any]) -> Any:
-    """Differentiates a function that is written in JAX."""
-    moving = _moving(primals, tangents, function)
-    return jax.jvp(moving.function, moving.primals, moving.tangents)
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
 def linear(*operands: Array, **params: Any) -> list[Array]:
@@ -368,8 +360,8 @@ def linear(*operands: Array, **params: Any) -> list[Array]:
 
     `names` are those of the operands: features (rows, width), weight (width, labels), smoothing
     (1, 1), labels (rows or 1, labels or 1) or positives (rows, k); maybe bias (1, labels), scale,
-    OPTIONS, which broadcast against the logits, and cotangent (rows, 1), a factor for
-    each row. The first result is the loss, in the arithmetic's dtype: of each row (reduced_rank 1)
+    those of OPTIONS, which broadcast against the logits, and cotangent (rows, 1), a factor for each
+    row. The first result is the loss, in the arithmetic's dtype: of each row (reduced_rank 1)
     or of all (2), divided by count. The others are the named gradients of its sum. A block and its
     gradient take at most `budget` bytes on each device.
     """
@@ -442,35 +434,23 @@ def _implement(primitive: Primitive, function: Any, types: Any) -> None:
 def _jvp(
     primals: Sequence[Array], tangents: Sequence[Any], **params: Any
 ) -> tuple[list[Array], list[Array]]:
-    names = params["names"]
+    names, function = params["names"], functools.partial(walk, **params)
     if params["gradients"] or "cotangent" in names:
-        return _jvp_as_it_stands(functools.partial(walk, **params), primals, tangents)  # type: ignore
-    fast: list[Any] = [
-        dot if name in PARAMETERS else ad.Zero(dot.aval if isinstance(dot, ad.Zero) else dot)
-        for name, dot in zip(names, tangents, strict=True)
-    ]
-    moving = tuple(n for n, dot in zip(names, fast, strict=True) if not isinstance(dot, ad.Zero))
-    dots = [dot for dot in fast if not isinstance(dot, ad.Zero)]
+        return _jvp_as_it_stands(function, primals, tangents)  # type: ignore[no-any-return]
+    named = {n: d for n, d in zip(names, tangents, strict=True) if not isinstance(d, ad.Zero)}
+    dots = {name: named.pop(name) for name in PARAMETERS if name in named}
     terms = []
-    if moving and params["reduced_rank"] == 2:
-        loss, *gradients = linear(*primals, **params | {"gradients": moving})
-        wide = loss.dtype
-        products = (
-            jnp.sum(gradient.astype(wide) * dot.astype(wide))
-            for gradient, dot in zip(gradients, dots, strict=True)
-        )
-        terms.append(sum(products, jnp.zeros((), wide)))
+    if dots and params["reduced_rank"] == 2:
+        loss, *gradients = linear(*primals, **params | {"gradients": tuple(dots)})
+        for gradient, dot in zip(gradients, dots.values(), strict=True):
+            terms.append(jnp.sum(gradient.astype(loss.dtype) * dot.astype(loss.dtype)))
     else:
         (loss,) = linear(*primals, **params)
-        if moving:
-            terms.append(tangent_p.bind(*primals, *dots, moving=moving, **params))
-    others = [
-        dot if name not in PARAMETERS else ad.Zero(dot.aval if isinstance(dot, ad.Zero) else dot)
-        for name, dot in zip(names, tangents, strict=True)
-    ]
-    if any(not isinstance(dot, ad.Zero) for dot in others):
-        _, (more,) = _jvp_as_it_stands(functools.partial(walk, **params), primals, others)
-        terms.append(more)
+        if dots:
+            terms.append(tangent_p.bind(*primals, *dots.values(), moving=tuple(dots), **params))
+    if named:
+        _, more = _jvp_as_it_stands(function, primals, [named.get(name) for name in names])
+        terms += more
     return [loss], [sum(terms[1:], terms[0])]
 
 
@@ -478,14 +458,9 @@ def _tangent(*operands: Array, moving: tuple[str, ...], devices: int = 1, **para
     """The tangent of each row's loss; the last operands are the tangents of those named."""
     names = params["names"]
     primals, dots = operands[: len(names)], dict(zip(moving, operands[len(names) :], strict=True))
-    tangents = [dots.get(name) for name in names]
     function = functools.partial(walk, devices=devices, **params)
-    zeros = [
-        ad.Zero(jax.typeof(p)) if dot is None else dot
-        for p, dot in zip(primals, tangents, strict=True)
-    ]
-    _, (row_dots,) = _jvp_as_it_stands(function, primals, zeros)
-    return row_dots  # type: ignore[no-any-return]
+    _, (dot,) = _jvp_as_it_stands(function, primals, [dots.get(name) for name in names])
+    return dot  # type: ignore[no-any-return]
 
 
 def _transpose(cotangent: Any, *operands: Any, moving: tuple[str, ...], **params: Any) -> Any:
