@@ -20,6 +20,7 @@ import sample
 from hlo import kernel_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from platforms import QUICKLY
 
@@ -516,7 +517,7 @@ def in_a_scan(function: Callable) -> Callable:
     def last(arrays: dict[str, jax.Array]) -> jax.Array:
         def step(so_far: jax.Array, factor: jax.Array) -> tuple[jax.Array, None]:
             changed = arrays | {"features": arrays["features"] * factor}
-            return so_far + jnp.sum(jnp.sin(function(changed))), None
+            return so_far + jnp.sum(jnp.sin(0.01 * function(changed))), None
 
         return jax.lax.scan(step, jnp.zeros(()), jnp.array([0.5, 1.0, 2.0]))[0]
 
@@ -542,6 +543,8 @@ TRANSFORMED = {
     "checkpoint": lambda f: jax.grad(scalar(jax.checkpoint(f))),
     "scan": lambda f: jax.grad(in_a_scan(f)),
     "Hessian": hessian_vector,
+}
+SLOWLY_COMPILED = {
     "Hessian, reverse": reverse_hessian_vector,
     "Hessian of a scan": lambda f: hessian_vector(in_a_scan(f)),
     "third": lambda f: lambda a: jax.jvp(hessian_vector(f), (a,), (tangents(a),))[1],
@@ -551,13 +554,25 @@ TRANSFORMED = {
 @pytest.mark.parametrize("reduced", REDUCED)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformations(name: str, reduced: str) -> None:
-    """With respect to everything that has a derivative, in three blocks and a rest."""
+    """With respect to everything that has a derivative, in several blocks."""
+    assert_transforms(TRANSFORMED[name], reduced, 10 * oracle.SURROUNDINGS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("reduced", REDUCED)
+@pytest.mark.parametrize("name", SLOWLY_COMPILED)
+def test_other_transformations(name: str, reduced: str) -> None:
+    tolerance = (100 if name == "third" else 10) * oracle.SURROUNDINGS
+    assert_transforms(SLOWLY_COMPILED[name], reduced, tolerance)
+
+
+def assert_transforms(transform: Callable, reduced: str, tolerance: float) -> None:
+    """The same of the layer and of its logits, relative to the largest."""
+    __tracebackhide__ = True
     arrays = jax.tree.map(jnp.asarray, INPUTS)
-    transform = TRANSFORMED[name]
     found = quick(transform(partial(of_layer, **REDUCED[reduced])))(arrays)
     wanted = quick(transform(partial(of_logits, **REDUCED[reduced])))(arrays)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    tolerance = 100 * oracle.SURROUNDINGS if name == "third" else 10 * oracle.SURROUNDINGS
     jax.tree.map(partial(assert_close, tolerance=tolerance), found, wanted)
 
 
@@ -597,6 +612,22 @@ def test_without_jit() -> None:
 
 def test_xla() -> None:
     assert_as_dense(Case(layer(24, 60, 8)), block_bytes=4096, implementation="xla")
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_export(axis: int | None) -> None:
+    """For platforms that have no kernel, and back."""
+    case = Case(layer(24, 60, 8), {"axis": axis})
+
+    def gradient(weight: jax.Array) -> jax.Array:
+        return jax.grad(lambda w: jnp.sum(case.loss(weight=w, block_bytes=4096)))(weight)
+
+    weight = jnp.asarray(case.arrays["weight"])
+    platforms = ("cpu", "cuda", "tpu")
+    exported = export.export(jax.jit(gradient), platforms=platforms)(weight)
+    assert "jax_bce" not in re.sub(r"loc\(.*", "", exported.mlir_module())
+    loaded = export.deserialize(exported.serialize())
+    assert_close(loaded.call(weight), jax.jit(gradient)(weight), oracle.SURROUNDINGS)
 
 
 def test_no_new_value_compiles_again() -> None:
