@@ -8,9 +8,10 @@ labels from them: `dense` for all logits at once, with jax_bce.loss or optax; `c
 over chunks of labels whose logits are computed again in the backward pass (jax.checkpoint, and its
 equivalent in PyTorch). Chunks have the size of linear_loss's blocks.
 
-Each case runs in its own process. The time is the median of its calls, the first of which is not
-timed. The memory is how much larger the process becomes than it was with its inputs, so it includes
-the gradients. `--only` names one implementation.
+Each implementation runs in its own process. They take turns, one call each, so that other load on
+the machine affects all alike; the times are medians, and the ratios are medians over the turns. The
+memory is how much larger the process becomes than it was with its inputs, so it includes the
+gradients. `--only` names one implementation.
 
     python benchmarks/linear.py --only linear_loss --rows 4096 --labels 262144 --width 256
 
@@ -165,30 +166,29 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def measure(name: str, rows: int, labels: int, width: int, seconds: float) -> dict[str, float]:
+def serve(name: str, rows: int, labels: int, width: int) -> None:
+    """Makes a call for each line of the input, and prints its seconds; at the end, the memory."""
     arrays = inputs(rows, labels, width)
     call = _of_jax(LOSSES[name], arrays) if name in LOSSES else chunks_torch(arrays)
     before = resident()
     call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
+    print("ready", flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-        if len(times) == 1 and times[0] > seconds:
-            break
+        print(time.perf_counter() - start, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "median_seconds": statistics.median(times),
-        "rounds": len(times),
+    memory = {
         "mib_beyond_inputs": (peak - before) / MIB,
         "mib_resident": peak / MIB,
         "mib_of_gradients": 4 * (rows * width + width * labels + labels) / MIB,
     }
+    print(json.dumps(memory))
 
 
-def record_of(name: str, rows: int, labels: int, width: int, seconds: float) -> Record:
+def measure(names: list[str], rows: int, labels: int, width: int, seconds: float) -> list[Record]:
+    """The records of one number of labels. The processes take turns, one call each."""
+    sizes = ["--rows", str(rows), "--labels", str(labels), "--width", str(width)]
     common: Record = {
         "date": now(),
         "processor": _processor(),
@@ -198,14 +198,35 @@ def record_of(name: str, rows: int, labels: int, width: int, seconds: float) -> 
         "rows": rows,
         "width": width,
         "labels": labels,
-        "implementation": name,
     }
-    command = [sys.executable, __file__, "--case", name, "--rows", str(rows)]
-    command += ["--labels", str(labels), "--width", str(width), "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return common | {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    return common | json.loads(done.stdout)
+    processes = {}
+    for name in names:  # one after the other: compiling would disturb the others
+        processes[name] = subprocess.Popen(
+            [sys.executable, __file__, "--case", name, *sizes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert processes[name].stdout.readline() == "ready\n", f"{name} failed"
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds * len(names)
+    while len(times[names[-1]]) < 3 or time.perf_counter() < end:
+        for name, process in processes.items():
+            process.stdin.write("call\n")
+            process.stdin.flush()
+            times[name].append(float(process.stdout.readline()))
+    results = []
+    for name, process in processes.items():
+        memory = json.loads(process.communicate()[0])
+        ratios = [t / ours for t, ours in zip(times[name], times[names[0]], strict=True)]
+        own = {
+            "implementation": name,
+            "rounds": len(ratios),
+            "median_seconds": statistics.median(times[name]),
+            f"times_{names[0]}": statistics.median(ratios),
+        }
+        results.append(common | own | memory)
+    return results
 
 
 def table_of(results: list[Record]) -> Table:
@@ -217,10 +238,8 @@ def table_of(results: list[Record]) -> Table:
     for labels in dict.fromkeys(int(str(result["labels"])) for result in results):
         found = {str(r["implementation"]): r for r in results if r["labels"] == labels}
         cells = (
-            str(r["error"])
-            if "error" in r
-            else f"{r['median_seconds']:.3g} s, {r['mib_beyond_inputs']:,.0f}"
-            for r in (found[name] for name in names)
+            f"{found[n]['median_seconds']:.3g} s, {found[n]['mib_beyond_inputs']:,.0f}"
+            for n in names
         )
         table.add_row(f"{labels:,}", *cells)
     return table
@@ -231,31 +250,32 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[10**3, 10**4, 10**5, 10**6])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="for each case, at least 3 calls"
+    )
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help="one implementation")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # run one case, in its own process
     options = parser.parse_args()
     if options.case:
         (labels,) = options.labels
-        sizes = (options.rows, labels, options.width)
-        print(json.dumps(measure(options.case, *sizes, options.seconds)))
+        serve(options.case, options.rows, labels, options.width)
         return
 
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Idle OpenMP threads would spin on the cores that the next implementation needs.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     names = [options.only] if options.only else [*IMPLEMENTATIONS]
     console = Console(width=150)
     if not find_spec("torch") and "chunks, PyTorch" in names:
         names.remove("chunks, PyTorch")
         console.print("PyTorch is not installed and is left out.")
     output = options.output or RESULTS / f"cpu-linear-{datetime.date.today().isoformat()}.jsonl"
-    cases = [(name, labels) for labels in options.labels for name in names]
     results: list[Record] = []
     with output.open("w") as file:
-        for name, labels in track(cases, "measuring", console=Console(stderr=True)):
-            result = record_of(name, options.rows, labels, options.width, options.seconds)
-            file.write(json.dumps(result) + "\n")
-            results.append(result)
+        for labels in track(options.labels, "measuring", console=Console(stderr=True)):
+            own = measure(names, options.rows, labels, options.width, options.seconds)
+            file.writelines(json.dumps(result) + "\n" for result in own)
+            results += own
     console.print(table_of(results))
     if options.only:
         for result in results:

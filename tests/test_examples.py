@@ -193,8 +193,8 @@ def test_benchmark_of_linear_layers(cpu: str, tmp_path: Path) -> None:
     names = {record["implementation"] for record in records}
     assert {"linear_loss", "dense, jax_bce", "dense, optax", "chunks, optax"} <= names
     for record in records:
-        assert "error" not in record
         assert record["median_seconds"] > 0
+        assert record["rounds"] >= 3
 
 
 @pytest.mark.thorough
