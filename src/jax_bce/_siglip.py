@@ -100,7 +100,9 @@ def siglip_loss(
     available(implementation)
     arrays = _embeddings(images, texts)
     arrays["scale"], arrays["bias"] = number("scale", scale), number("bias", bias)
-    axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes: tuple[Hashable, ...] = () if axis_name is None else (axis_name,)
+    if isinstance(axis_name, list | tuple):
+        axes = (*axis_name,)
     params = {
         "reduced_rank": 2,
         "implementation": implementation,
