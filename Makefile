@@ -25,6 +25,7 @@ demo: $(VENV)/.demo
 pictures: $(VENV)/.torch
 	$(RUN) examples/train_digits.py --plot docs/train_digits.png --dark docs/train_digits-dark.png
 	$(RUN) examples/precision.py --plot docs/precision.png --dark docs/precision-dark.png
+	$(RUN) examples/many_labels.py --plot docs/many_labels.png --dark docs/many_labels-dark.png
 	$(RUN) examples/speed.py --plot docs/speed.png --dark docs/speed-dark.png \
 	  --pages README.md docs/benchmarks.md
 

@@ -4,7 +4,8 @@
     python examples/speed.py --pages README.md docs/benchmarks.md  # also updates these pages
 
 This script measures nothing. `make bench` writes benchmarks/results/cpu-DATE.jsonl, with one line
-for each function, size and implementation; the script shows the medians.
+for each function, size and implementation; the script shows the medians. benchmarks/linear.py
+writes cpu-linear-DATE.jsonl.
 """
 
 import argparse
@@ -80,6 +81,26 @@ def calls() -> list[str]:
         cells = (f"{shown[0]} {unit}", f"{shown[1]} {unit} ({peer / ours:.1f}x)")
         rows.append(f"| {text} | {' | '.join(cells)} |")
     return rows
+
+
+def linear() -> list[str]:
+    """A Markdown table of the newest `cpu-linear-DATE.jsonl`: time and memory by labels."""
+    path = max((ROOT / "benchmarks" / "results").glob("cpu-linear-*.jsonl"))
+    rows: dict[int, dict[str, dict]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        rows.setdefault(line["labels"], {})[line["implementation"]] = line
+    names = list(next(iter(rows.values())))
+    lines = [f"| labels | {' | '.join(names)} |", "| ---: |" + " ---: |" * len(names)]
+    for labels, row in rows.items():
+        cells = []
+        for name in names:
+            seconds = row[name]["median_seconds"]
+            shown = f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+            times = row[name]["times_linear_loss"]
+            ratio = "" if name == "linear_loss" else f" ({times:.1f}x)"
+            cells.append(f"{shown}{ratio}, {row[name]['mib_beyond_inputs']:,.0f} MiB")
+        lines.append(f"| {labels:,} | {' | '.join(cells)} |")
+    return lines
 
 
 def where(record: list[dict]) -> str:
@@ -160,6 +181,7 @@ def texts(record: list[dict]) -> dict[str, str]:
         "value": table(times(record, value, "fresh"), [*peers, COPY]),
         "warm": table(times(record, both, "warm"), [*peers, COPY]),
         "calls": calls(),
+        "linear": linear(),
     }
     words = {"where": textwrap.fill(where(record), 98), "ratios": textwrap.fill(ratios(fresh), 98)}
     return words | {name: "\n".join(lines) for name, lines in tables.items()}

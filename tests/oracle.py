@@ -137,6 +137,9 @@ OTHER_VECTORS = 4.0
 SHARDS, SHARDS_CANCELLED = 4.0, 2.0
 # Float32 arithmetic around the loss in another order or on other devices, relative to the largest.
 SURROUNDINGS = 1e-5
+# Of a linear layer's gradients, relative to the largest: that of the logits is rounded to bfloat16
+# where both factors are, and the results are stored in their arguments' type.
+LINEAR = {"float16": 2**-10, "bfloat16": 2**-7, "float32": SURROUNDINGS, "float64": 2**-40}
 
 
 def kind_of(labels: ArrayLike) -> str:

@@ -170,3 +170,39 @@ def test_benchmark_of_calls(cpu: str, tmp_path: Path) -> None:
         assert {(name, case, "jax_bce") for case in ("eager", "jitted")} <= cases
     assert {("import", "import", name) for name in ("jax_bce", "optax")} <= cases
     assert all(record["median_us"] > 0 for record in records)
+
+
+@pytest.mark.thorough
+def test_many_labels(cpu: str, tmp_path: Path) -> None:
+    """It learns, and its memory is as the picture says."""
+    output = run("examples/many_labels.py", folder=tmp_path, platform=cpu)
+    labels, right, frequent = re.search(
+        r"(\d+) labels, .* words, (\S+) are right; of the five most frequent, (\S+)\. ", output
+    ).groups()
+    assert int(labels) > 30_000
+    assert float(right) > 3 * float(frequent)
+    assert_current(tmp_path / "many_labels.png")
+
+
+@pytest.mark.thorough
+def test_benchmark_of_linear_layers(cpu: str, tmp_path: Path) -> None:
+    small = ("--labels", "60", "--rows", "8", "--width", "4", "--seconds", "0")
+    options = (*small, "--output", "records.jsonl")
+    run("benchmarks/linear.py", *options, folder=tmp_path, platform=cpu)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    names = {record["implementation"] for record in records}
+    assert {"linear_loss", "dense, jax_bce", "dense, optax", "chunks, optax"} <= names
+    for record in records:
+        assert record["median_seconds"] > 0
+        assert record["rounds"] >= 3
+
+
+@pytest.mark.thorough
+def test_a_layer_whose_logits_would_take_four_gib(cpu: str, tmp_path: Path) -> None:
+    """4,096 x 262,144 logits; of the 1.5 GiB, half a GiB is the weight and its gradient."""
+    sizes = ("--rows", "4096", "--labels", "262144", "--width", "256", "--seconds", "0")
+    options = ("--only", "linear_loss", *sizes, "--output", "records.jsonl")
+    run("benchmarks/linear.py", *options, folder=tmp_path, platform=cpu)
+    (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert record["mib_of_gradients"] < record["mib_beyond_inputs"] < 512
+    assert record["mib_resident"] <= 1536

@@ -14,6 +14,9 @@ loss: jax.Array = jax_bce.loss(logits, labels, where=labels > 0, reduction="weig
 both: tuple[jax.Array, jax.Array] = jax_bce.loss_and_grad(logits, labels, implementation="xla")
 focal: jax.Array = jax_bce.focal_loss(logits, labels, gamma=1.5, axis=(0, 1), dtype=jnp.float32)
 dropped_in: jax.Array = jax_bce.optax.sigmoid_binary_cross_entropy(logits, labels)
+positives = jnp.zeros((4, 2), jnp.int32)
+layer: jax.Array = jax_bce.linear_loss(logits.T, logits, positives=positives[:3], axis=1)
+pairs: jax.Array = jax_bce.siglip_loss(logits, labels, 10.0, -10.0, axis_name="data")
 module: jax.Array = jax_bce.torch_like.BCEWithLogitsLoss(reduction="sum")(logits, labels)
 
 jax_bce.lozz(logits, labels)  # type: ignore[attr-defined]
@@ -25,5 +28,8 @@ jax_bce.loss(logits, labels, posweight=2.0)  # type: ignore[call-arg]
 jax_bce.loss("logits", labels)  # type: ignore[arg-type]
 jax_bce.focal_loss(logits, labels, pos_weight=2.0)  # type: ignore[call-arg]
 jax_bce.loss_and_grad(logits, labels, reduction="batchmean")  # type: ignore[arg-type]
+jax_bce.linear_loss(logits)  # type: ignore[call-arg]
+jax_bce.linear_loss(logits.T, logits, labels, reduction="batchmean")  # type: ignore[arg-type]
+jax_bce.siglip_loss(logits, labels)  # type: ignore[call-arg]
 jax_bce.optax.sigmoid_bce(logits, labels)  # type: ignore[attr-defined]
 jax_bce.torch_like.BCEWithLogitsLoss(reduction="batchmean")  # type: ignore[arg-type]

@@ -5,19 +5,23 @@ import typing as _typing
 from importlib.metadata import version as _version
 
 from jax_bce._check import checking
+from jax_bce._linear import linear_loss
 from jax_bce._logits_of import logits_of
 from jax_bce._loss import loss, loss_and_grad
 from jax_bce._relatives import asymmetric_loss, focal_loss, grad_and_hess, loss_from_probs
+from jax_bce._siglip import siglip_loss
 
 __all__ = [
     "asymmetric_loss",
     "checking",
     "focal_loss",
     "grad_and_hess",
+    "linear_loss",
     "logits_of",
     "loss",
     "loss_and_grad",
     "loss_from_probs",
+    "siglip_loss",
 ]
 __version__ = _version("jax-bce")
 _DROP_INS = ("keras", "optax", "torch_like")

@@ -253,6 +253,13 @@ def _normalizer(value: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...])
     return array
 
 
+def available(implementation: Implementation | None) -> None:
+    """Raises unless the implementation is None or one that this machine has."""
+    one_of("implementation", implementation, (None, *get_args(Implementation)))
+    if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
+        raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
+
+
 def checked(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -277,9 +284,7 @@ def checked(
     """
     refuse_keras()
     one_of("reduction", reduction, get_args(Reduction))
-    one_of("implementation", implementation, (None, *get_args(Implementation)))
-    if implementation in ("cpu", "cuda") and (reason := missing(implementation)):
-        raise RuntimeError(f"implementation={implementation!r} is not available: {reason}.")
+    available(implementation)
     x = operand(name, logits, FLOATS, _SCORES[name])
     y = operand("labels", labels)
     shape = x.shape

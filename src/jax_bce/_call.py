@@ -53,7 +53,7 @@ def why_no_call(
     constant_power: bool,
 ) -> str | None:
     """Why the primitive cannot be a call, or None if it can; `refusal` is the handlers' check."""
-    if _devices(context) > 1:
+    if devices_of(context) > 1:
         # In blocks, operands are broadcast in at most two ways, which is always supported.
         return "symbolic sizes on several devices" if _is_symbolic(context) else None
 
@@ -106,7 +106,7 @@ def ffi_call(
     shape = jnp.broadcast_shapes(*(aval.shape for aval in avals))
     bits = _bits(modifiers) | constant_power << len(MODIFIERS)
     numbers = {"modifiers": np.int64(bits), "count": np.int64(count)}
-    if (devices := _devices(context)) > 1:
+    if (devices := devices_of(context)) > 1:
         split = split_shape(shape, reduced_rank, devices)
         results = _in_blocks(
             context, operands, target, workspace, shape, split, summed, devices, numbers
@@ -134,7 +134,7 @@ def _wide_result(
     return replace(avals_out=wide), functools.partial(mlir.lower_fun(two_parts), after)
 
 
-def _devices(context: mlir.LoweringRuleContext) -> int:
+def devices_of(context: mlir.LoweringRuleContext) -> int:
     """The number of devices over which XLA shards the program; in a shard_map, its auto axes."""
     where: Any = context.module_context.axis_context
     if hasattr(where, "num_devices"):

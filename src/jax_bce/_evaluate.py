@@ -91,7 +91,7 @@ def _run(
     arguments: dict[str, AnyArray],
 ) -> Any:
     named = {name: a if isinstance(a, Array) else jnp.asarray(a) for name, a in arguments.items()}
-    return function(_call(named, options), *static)
+    return function(call_of(named, options), *static)
 
 
 _run.__name__ = _run.__qualname__ = "jax_bce"  # what JAX's errors, profiles and HLO call it
@@ -172,7 +172,7 @@ def _parts(number: Array, wide: np.dtype) -> tuple[Array, Array]:
     return number.astype(wide), jnp.zeros(number.shape, wide)
 
 
-def _call(arrays: dict[str, Array], options: Options) -> Call:
+def call_of(arrays: dict[str, Array], options: Options) -> Call:
     """The call for checked arguments."""
     x, y = arrays.pop("logits"), arrays.pop("labels")
     shape, rank, axes = x.shape, x.ndim, options.axes

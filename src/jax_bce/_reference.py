@@ -336,7 +336,7 @@ def _scaled_up_jvp(
     return scaled_up(x, exponent), x_dot * x.dtype.type(2.0**exponent)
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """a + b and its rounding error (Knuth)."""
     total = a + b
     b_part = total - a
@@ -355,11 +355,11 @@ def _log_of_probability(complement: bool, order: int, p: Array, shift: Array) ->
     outside = ~((scaled_up(p, _UP) >= 0) & (p <= 1)) | jnp.isnan(shift)
     # No constants from here on: XLA would reorder their sums, which loses the rounding errors.
     one, p, shift = (jnp.where(outside, np.nan, v).astype(wide) for v in (1, p, shift))
-    term, low = _two_sum(one, -p) if complement else (p, one - one)
+    term, low = two_sum(one, -p) if complement else (p, one - one)
     # Sums that may be subnormal are computed, and inverted, 2^64 times as large.
     small = jnp.maximum(term, shift) < 2.0**-_UP
     unit = jnp.where(small, wide.type(2.0**_UP), one)
-    total, rest = _two_sum(*(jnp.where(small, scaled_up(v, _UP), v) for v in (term, shift)))
+    total, rest = two_sum(*(jnp.where(small, scaled_up(v, _UP), v) for v in (term, shift)))
     if order == 0:
         lost = (low + rest) / jnp.where(total == 0, 1, total)
         return jnp.log(total) - jnp.log(unit) + lost
