@@ -123,7 +123,8 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
                                         "gamma",  "gamma_pos",     "clip"};
   const int64_t rank = buffers[0].dimensions().size();
   if (reduced_rank < 0 || reduced_rank > rank)
-    return invalid("reduced_rank " + std::to_string(reduced_rank) + " exceeds the rank");
+    return invalid("reduced_rank must be from 0 to the logits' rank " + std::to_string(rank) +
+                   ", got " + std::to_string(reduced_rank));
   if (count < 1) return invalid("count must be positive, got " + std::to_string(count));
   for (int i = 0; i < kOperands; ++i) {
     const int64_t dimensions = buffers[i].dimensions().size();
@@ -139,21 +140,29 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (operands[i]->type != arithmetic)
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
 
+  // The divisor comes last, in two parts.
+  const int64_t parts = (modifiers & ~kConstantPower) >> kModifiers;
+  const bool divides = parts == 3;
+  if (parts != 0 && !divides)
+    return invalid("modifiers has a bit without a meaning: " + std::to_string(modifiers));
+  std::vector<std::string> more_names;
+  for (int i = 0; i < kModifiers; ++i)
+    if (modifiers >> i & 1) more_names.push_back(modifier_names[i]);
+  if (divides) more_names.insert(more_names.end(), {names[kDivisor], names[kDivisor + 1]});
+  if (more.size() != more_names.size())
+    return invalid("modifiers " + std::to_string(modifiers) + " needs " +
+                   std::to_string(kOperands + more_names.size()) + " operands, got " +
+                   std::to_string(kOperands + more.size()));
   // The modifiers' shapes count, too.
   std::vector<ffi::AnyBuffer> all(std::begin(buffers), std::end(buffers));
   for (size_t i = 0; i < more.size(); ++i) {
     auto buffer = more.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return invalid("an operand is missing");
+    if (!buffer.has_value()) return invalid(more_names[i] + " is no array");
     const int64_t dimensions = buffer->dimensions().size();
     if (dimensions != rank && dimensions != 0)
-      return invalid("a modifier and logits differ in rank");
+      return invalid(more_names[i] + " and logits differ in rank");
     all.push_back(*buffer);
   }
-  // The divisor comes last, in two parts.
-  const int64_t parts = (modifiers & ~kConstantPower) >> kModifiers;
-  const bool divides = parts == 3;
-  if (parts != 0 && !divides) return invalid("an operand too many");
-  if (divides && more.size() < 2) return invalid("divisor is missing");
   problem->divisor = problem->divisor_low = {};
   const auto buffer_of = [&](int i) -> const ffi::AnyBuffer& {
     return i < kDivisor ? buffers[i] : all[all.size() - kBroadcast + i];
@@ -191,10 +200,14 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     elements *= size;
     if (size == 1) continue;
     bool alike = shape[last] != 1 && (reduced || last > 0 || reduced_rank == 0);
-    for (int i = 0; i < kBroadcast; ++i)
-      alike = alike && stride[i] == strides[i][last] * shape[last];
+    int unlike = 0;
+    for (int i = 0; i < kBroadcast && alike; ++i) {
+      alike = stride[i] == strides[i][last] * shape[last];
+      unlike = i;
+    }
     if (!alike && (shape[last] != 1 || (!reduced && reduced_rank > 0 && last == 0))) {
-      if (reduced) return invalid("an operand is broadcast in some of the reduced dimensions only");
+      if (reduced)
+        return invalid(names[unlike] + " is broadcast in some of the reduced dimensions only");
       if (merged == kMaxRank) return invalid("too many dimensions are broadcast in different ways");
       last = merged++;
       shape[last] = 1;
@@ -217,15 +230,13 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (problem->reduce && operands[i]->strides[merged - 1] != 0)
       return invalid(names[i] + " must not vary along the reduced dimensions");
 
-  size_t given = 0;
-  const size_t given_modifiers = more.size() - (divides ? 2 : 0);
+  int next_modifier = kOperands;
   problem->modified = modifiers & ((1 << kAlpha) - 1);
   for (int i = 0; i < kModifiers; ++i) {
     const std::string name = modifier_names[i];
     if (!(modifiers >> i & 1)) continue;
     Modifier& modifier = problem->modifiers[i];
-    if (given == given_modifiers) return invalid(name + " is missing");
-    const ffi::AnyBuffer& buffer = all[kOperands + given++];
+    const ffi::AnyBuffer& buffer = all[next_modifier++];
     if (!to_type(buffer.element_type(), &modifier.type) ||
         (i == kWhere && modifier.type != Type::kBool) ||
         (i == kIgnoreLabel && modifier.type != problem->labels.type))
@@ -233,7 +244,6 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     if (!broadcast_to(buffer, rank, full.data(), &modifier))
       return invalid(name + " cannot be broadcast to the results, or in too many ways");
   }
-  if (given_modifiers != given) return invalid("an operand too many");
   const auto has = [&](ModifierName name) { return (modifiers >> name & 1) != 0; };
   if (!has(kGamma) && (has(kAlpha) || has(kGammaPos) || has(kClip)))
     return invalid("gamma is missing");
@@ -246,19 +256,20 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   for (Result* result : {&problem->loss, &problem->gradient}) {
     const bool is_loss = result == &problem->loss;
     if (!(is_loss ? loss : gradient)) continue;
+    const std::string name = is_loss ? "loss" : "gradient";
     auto buffer = results.get<ffi::AnyBuffer>(next++);
-    if (!buffer.has_value()) return invalid("a result is missing");
+    if (!buffer.has_value()) return invalid("the result " + name + " is missing");
     const bool spare = is_loss && problem->reduce && problem->rows() == 1 &&
                        (*buffer)->element_type() == ffi::DataType::F64 &&
                        (*buffer)->element_count() > 1;
     if ((*buffer)->element_count() != expected[!is_loss] && !spare)
-      return invalid("a result has " + std::to_string((*buffer)->element_count()) +
+      return invalid(name + " has " + std::to_string((*buffer)->element_count()) +
                      " elements instead of " + std::to_string(expected[!is_loss]));
     if (!to_type((*buffer)->element_type(), &result->type) || !is_float(result->type))
-      return invalid("a result has an unsupported dtype");
+      return invalid(name + " has an unsupported dtype");
     const bool summed = is_loss && problem->reduce, wide = result->type == Type::kF64;
     if (summed ? !wide && result->type != arithmetic : wide != (arithmetic == Type::kF64))
-      return invalid("a result has an unsupported dtype");
+      return invalid(name + " has an unsupported dtype");
     result->data = (*buffer)->untyped_data();
   }
   return ffi::Error::Success();
