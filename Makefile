@@ -13,7 +13,12 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
+# The files of tests/verification whose full form has a target: `make verify-handlers`.
+verified := handlers
+verify := $(addprefix verify-,$(verified))
+
 .PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
+.PHONY: $(verify)
 .SECONDARY:
 .SECONDEXPANSION:
 
@@ -73,6 +78,10 @@ pins: $(VENV)/.test
 # Every float32 logit and every 16-bit one: about three minutes on two cores.
 exhaustive: $(VENV)/.test
 	$(RUN) tests/exhaustive.py
+
+# What docs/verification.md promises, tested in full; the tests run a short form of each.
+$(verify): verify-%: $(VENV)/.test
+	JAX_BCE_REQUIRE=cpu $(RUN) -m pytest tests/verification/test_$*.py --record tests/verification/results.jsonl
 
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
 bench: $(VENV)/.torch

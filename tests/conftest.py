@@ -18,6 +18,11 @@ from numpy.typing import ArrayLike
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every case, not a sample of them")
+    parser.addoption(
+        "--record",
+        metavar="FILE",
+        help="run tests/verification in its full form, and append what it measures to the file",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
