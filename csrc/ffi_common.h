@@ -6,7 +6,7 @@
 //     jax_bce_v1_loss            (logits, labels, scale, smoothing) -> loss
 //     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
 //     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
-//     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, of weights
+//     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
 // "modifiers", and, with the next two bits, a divisor and its rounding error. With the bit after
 // those, the gradient takes the power of a focal loss for a constant. On "CUDA", one more

@@ -69,6 +69,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
       error.failure())
     return error;
   problem.total = kTotal;
+  if (kTotal && !problem.reduce) return invalid("total needs a reduced_rank of at least 1, got 0");
   if (results.size() != size_t{kLoss} + size_t{kGradient}) return invalid("a result too many");
   for (size_t i = 0; i < results.size(); ++i)
     if (auto result = results.get<ffi::AnyBuffer>(i); result.has_value())

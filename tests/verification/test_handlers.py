@@ -69,9 +69,10 @@ class Call:
 
 @st.composite
 def right_calls(draw: st.DrawFn) -> Call:
-    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
     target = draw(st.sampled_from([*TARGETS]))
-    reduced = draw(st.integers(0, len(shape)))
+    least = int(target == "total")  # a sum, over one dimension or more
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=least, max_size=4)))
+    reduced = draw(st.integers(least, len(shape)))
     leading = len(shape) - reduced
     logits_dtype, labels_dtype = draw(st.sampled_from(oracle.FLOATS)), draw(st.sampled_from(TYPES))
     arithmetic = oracle.FLOAT64 if logits_dtype == oracle.FLOAT64 else oracle.FLOAT32
@@ -205,6 +206,14 @@ def reduced_rank(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     return replace(call, attributes=attributes), f"reduced_rank must be .* got {wrong}"
 
 
+def total_of_nothing(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
+    if call.target != "total":
+        return None
+    attributes = call.attributes | {"reduced_rank": np.int64(0)}
+    call = replace(call, results={"loss": (call.shape, call.arithmetic)})
+    return replace(call, attributes=attributes), "total needs a reduced_rank of at least 1, got 0"
+
+
 def count(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     wrong = draw(st.integers(-(2**63), 0))
     attributes = call.attributes | {"count": np.int64(wrong)}
@@ -269,6 +278,7 @@ BREAKS: tuple[Break, ...] = (
     number_of_operands,
     bits,
     reduced_rank,
+    total_of_nothing,
     count,
     attribute,
     result_shape,
