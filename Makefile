@@ -14,7 +14,7 @@ between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
 # The files of tests/verification whose full form has a target: `make verify-handlers`.
-verified := handlers
+verified := handlers life memory
 verify := $(addprefix verify-,$(verified))
 
 .PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
@@ -64,7 +64,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_program.py
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu csrc/*.cuh $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/*)
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu csrc/*.cuh $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/* tests/*.h tests/verification/handlers/*.h tests/verification/handlers/*.cc tests/verification/handlers/stub/pybind11/*)
 	$(VENV)/bin/actionlint .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml

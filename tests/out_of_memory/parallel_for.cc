@@ -5,10 +5,10 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
-#include <functional>
 #include <new>
 #include <vector>
+
+#include "../pool.h"
 
 namespace {
 
@@ -30,58 +30,12 @@ namespace {
 
 constexpr int kThreads = 4, kTasks = 64;
 
-class Pool {
- public:
-  Pool() {
-    for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { serve(); });
-  }
-
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      closed_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  int64_t num_threads() const { return kThreads; }
-
-  template <class F>
-  void Schedule(F&& task) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.emplace_back(std::forward<F>(task));
-    }
-    changed_.notify_one();
-  }
-
- private:
-  void serve() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> tasks_;
-  std::vector<std::thread> threads_;
-  bool closed_ = false;
-};
-
 // Whether there was an allocation that could fail.
 bool attempt(int64_t k, bool all_that_follow, int* wrong) {
   std::vector<std::atomic<int>> runs(kTasks);
   bool threw = false, failed = false;
   {
-    Pool pool;
+    Pool pool(kThreads);
     for_good = all_that_follow;
     allocations_left = k;
     try {
