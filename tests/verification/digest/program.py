@@ -1,0 +1,123 @@
+"""Prints the digests of losses and gradients over fixed inputs and options, as JSON.
+
+python program.py IMPLEMENTATION [LIBRARY]
+
+The inputs are made of integers: no library's random numbers or functions take part. With LIBRARY,
+the handlers of that file take the place of the CPU kernel's (cuda_on_host.cc).
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TARGETS = ("loss", "loss_and_grad", "grad", "total")
+
+
+def use_handlers_of(library: str) -> None:
+    """Before jax_bce is imported, which registers those of its module _cpu."""
+    (folder,) = importlib.util.find_spec("jax_bce").submodule_search_locations
+    (file,) = Path(folder).glob("_cpu.*.so")
+    spec = importlib.util.spec_from_file_location("jax_bce._cpu", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    symbols = ctypes.CDLL(library)
+    handlers = {f"jax_bce_v1_{name}": getattr(symbols, f"jax_bce_v1_{name}") for name in TARGETS}
+    module.registrations = lambda: {
+        name: {"execute": jax.ffi.pycapsule(handler)} for name, handler in handlers.items()
+    }
+    sys.modules["jax_bce._cpu"] = module
+
+
+def integers(size: int, seed: int) -> np.ndarray:
+    """64 random bits each (SplitMix64)."""
+    bits = (np.arange(size, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ bits >> np.uint64(shift)) * np.uint64(factor)
+    return bits ^ bits >> np.uint64(31)
+
+
+def numbers(shape: tuple[int, ...], seed: int, low: int, high: int) -> np.ndarray:
+    """In float64, with 20 bits behind the point."""
+    bits = integers(int(np.prod(shape)), seed) % np.uint64((high - low) << 20)
+    return (bits.astype(np.float64) / 2.0**20 + low).reshape(shape)
+
+
+EXTREMES = (0.0, -0.0, np.inf, -np.inf, 1e-30, -40.0, 44.5, -88.75, 95.0, -104.0, 710.0, -745.0)
+SHAPES = ((37,), (5, 1030), (3, 30_011))
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
+    row, last = shape[:1], shape[-1:]
+    weight, column = numbers(shape, 3, 0, 3), numbers(last, 4, 0, 4)
+    where = numbers(shape, 5, 0, 1) < 0.75
+    yield "mean", {}
+    yield "none", {"reduction": "none"}
+    yield "rows", {"axis": -1, "label_smoothing": 0.125}
+    yield "sum", {"reduction": "sum", "pos_weight": column, "normalizer": 7.0}
+    yield "weighted mean", {"reduction": "weighted_mean", "weight": weight, "where": where}
+    yield "ignored", {"ignore_label": 1, "sample_weight": numbers(row, 6, 0, 2), "weight": column}
+    yield (
+        "every modifier",
+        {
+            "reduction": "weighted_mean",
+            "axis": -1,
+            "weight": weight,
+            "sample_weight": numbers(row, 6, 1, 2),
+            "pos_weight": column,
+            "where": where,
+            "ignore_label": 0,
+            "label_smoothing": 0.25,
+        },
+    )
+
+
+def digests(implementation: str, loss_and_grad: Callable) -> dict[str, str]:
+    """Of each case, that of the loss and that of the gradient."""
+    found = {}
+    for number, shape in enumerate(SHAPES):
+        for dtype in DTYPES:
+            logits = numbers(shape, number, -16, 16)
+            logits.ravel()[: len(EXTREMES)] = EXTREMES[: logits.size]
+            for kind, soft in (("uint8", False), (dtype, True)):
+                labels = numbers(shape, 10 + number, 0, 1)
+                labels = jnp.asarray(labels if soft else labels < 0.5, kind)
+                for name, options in cases(shape):
+                    if soft != (name in ("none", "every modifier", "rows")):
+                        continue
+                    call = jax.jit(
+                        lambda x, y, o=options: loss_and_grad(
+                            x, y, **o, implementation=implementation
+                        )
+                    )
+                    results = call(jnp.asarray(logits, dtype), labels)
+                    for what, result in zip(("loss", "gradient"), results, strict=True):
+                        array = np.asarray(result)
+                        assert not np.isnan(array.astype(np.float64)).any(), (name, dtype, shape)
+                        key = f"{what}, {name}, {dtype}, {' x '.join(map(str, shape))}"
+                        found[key] = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+    return found
+
+
+def main() -> None:
+    implementation, *library = sys.argv[1:]
+    if library:
+        use_handlers_of(library[0])
+    from jax_bce import loss_and_grad
+
+    jax.config.update("jax_enable_x64", True)
+    print(json.dumps(digests(implementation, loss_and_grad), indent=1))
+
+
+if __name__ == "__main__":
+    main()
