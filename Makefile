@@ -6,7 +6,9 @@ $(error jax_bce needs Python 3.11 or newer, and $(PYTHON) is $(VERSION): for exa
 endif
 VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
-SOURCES := pyproject.toml CMakeLists.txt cuda.cmake $(wildcard csrc/* src/jax_bce/*)
+SOURCES := pyproject.toml CMakeLists.txt cuda.cmake sbom.cdx.json.in $(wildcard csrc/* src/jax_bce/*)
+# The date of what a wheel contains, so that the same commit gives the same bytes.
+export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),315532800)
 
 # Pairs of a Python and a JAX: the oldest supported, one in between, and the newest.
 floor := 3.11 jax==0.8.0 jaxlib==0.8.0
@@ -14,7 +16,7 @@ between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
 # The files of tests/verification whose full form has a target: `make verify-handlers`.
-verified := handlers life memory
+verified := digest handlers life memory supply
 verify := $(addprefix verify-,$(verified))
 
 .PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
@@ -64,7 +66,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_program.py
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu csrc/*.cuh $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/* tests/*.h tests/verification/handlers/*.h tests/verification/handlers/*.cc tests/verification/handlers/stub/pybind11/*)
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc csrc/*.cu csrc/*.cuh $(wildcard tests/cuda_kernel/*.* tests/cuda_kernel/on_host/* tests/known_answer/* tests/out_of_memory/* tests/*.h tests/verification/*/*.h tests/verification/*/*.cc tests/verification/handlers/stub/pybind11/*)
 	$(VENV)/bin/actionlint .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
@@ -80,6 +82,7 @@ exhaustive: $(VENV)/.test
 	$(RUN) tests/exhaustive.py
 
 # What docs/verification.md promises, tested in full; the tests run a short form of each.
+verify-supply: $(VENV)/.wheels
 $(verify): verify-%: $(VENV)/.test
 	JAX_BCE_REQUIRE=cpu $(RUN) -m pytest tests/verification/test_$*.py --record tests/verification/results.jsonl
 

@@ -147,3 +147,16 @@ target_compile_definitions(
   _cuda PRIVATE "BCE_CUDA_MACHINE_CODE=${ARCHITECTURES}" "BCE_CUDA_PTX=${PTX}")
 target_link_libraries(_cuda PRIVATE ${CUDART_STATIC} ${CMAKE_DL_LIBS} pthread rt)
 install(TARGETS _cuda LIBRARY DESTINATION jax_bce)
+
+# Of sbom.cdx.json.in.
+string(REGEX MATCH "V([0-9.]+)" NVCC_VERSION "${RELEASE}")
+set(CUDA_REFERENCE ", \"cudart\"")
+set(CUDA_COMPONENT ",
+    {
+      \"type\": \"library\",
+      \"bom-ref\": \"cudart\",
+      \"name\": \"cudart_static\",
+      \"version\": \"${CMAKE_MATCH_1}\",
+      \"description\": \"NVIDIA's CUDA runtime, with the version of nvcc\",
+      \"licenses\": [{ \"license\": { \"name\": \"NVIDIA CUDA Toolkit EULA\" } }]
+    }")
