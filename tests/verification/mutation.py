@@ -112,11 +112,11 @@ class Tree:
             kind = MARCH if source.startswith("bce_cpu") else []
             command = [*compiler, *kind, "-DBCE_INSTRUCTION_SET=baseline", "-c", str(path)]
             jobs.append(subprocess.Popen([*command, "-o", str(self.objects / f"{path.stem}.o")]))
-        well = not any([job.wait() for job in jobs])  # waits for all of them
+        statuses = [job.wait() for job in jobs]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         module = self.folder / "src/jax_bce" / f"_cpu{suffix}"
         link = ["g++", "-shared", *map(str, self.objects.glob("*.o")), "-o", str(module)]
-        return well and subprocess.run(link).returncode == 0
+        return not any(statuses) and subprocess.run(link).returncode == 0
 
     def run(self, command: Sequence[str], limit: float) -> tuple[int | None, str]:
         """The exit status, None if it took too long, and the output."""
