@@ -15,12 +15,12 @@ floor := 3.11 jax==0.8.0 jaxlib==0.8.0
 between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
-# The files of tests/verification whose full form has a target: `make verify-handlers`.
+# The files of tests/verification whose full form has a target, such as verify-handlers.
 verified := digest handlers life memory supply
 verify := $(addprefix verify-,$(verified))
 
 .PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean
-.PHONY: $(verify)
+.PHONY: $(verify) verify-mutation verification
 .SECONDARY:
 .SECONDEXPANSION:
 
@@ -81,10 +81,20 @@ pins: $(VENV)/.test
 exhaustive: $(VENV)/.test
 	$(RUN) tests/exhaustive.py
 
-# What docs/verification.md promises, tested in full; the tests run a short form of each.
+# What docs/verification.md promises, in full; the tests run a short form of each. `make verification`
+# writes the page from the record.
+records := tests/verification/results.jsonl
 verify-supply: $(VENV)/.wheels
 $(verify): verify-%: $(VENV)/.test
-	JAX_BCE_REQUIRE=cpu $(RUN) -m pytest tests/verification/test_$*.py --record tests/verification/results.jsonl
+	JAX_BCE_REQUIRE=cpu $(RUN) -m pytest tests/verification/test_$*.py --all --record $(records)
+
+# Hours, unless MUTATION="--only WORDS" narrows it. It goes on where it was stopped.
+verify-mutation: $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'pybind11>=3.0,<4'
+	$(RUN) tests/verification/mutation.py --record $(records) $(MUTATION)
+
+verification: $(VENV)/.test
+	$(RUN) tests/verification/report.py
 
 # Writes benchmarks/results/; BENCH="--sizes 10 18 25" narrows it.
 bench: $(VENV)/.torch

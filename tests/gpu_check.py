@@ -326,7 +326,8 @@ def tests(check: Check) -> None:
     # devices are a CPU's, and the peers need packages that such a machine may lack.
     elsewhere = "source_on_the_host or test_meshes or test_shard_map or test_multiprocess"
     options = ["-v", "--all", f"--junitxml={report}", "-k", f"not ({elsewhere})"]
-    options += ["--ignore", "tests/conformance"]
+    elsewhere_too = ("conformance", *(f"verification/test_{n}.py" for n in ("life", "memory")))
+    options += [f"--ignore=tests/{path}" for path in elsewhere_too]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(len(os.sched_getaffinity(0)))]
     command = (sys.executable, "-m", "pytest", *options, *shlex.split(check.pytest))

@@ -1,8 +1,7 @@
 """The table of breaks fits the sources, so that each can be applied."""
 
 import pytest
-
-from .mutation import ROOT, table
+from mutation import ROOT, table
 
 pytestmark = pytest.mark.any_jax
 
