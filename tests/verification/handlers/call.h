@@ -96,7 +96,13 @@ inline Shape any_shape(Source& source) {
   Shape shape(source.below(5));
   for (int64_t& dimension : shape) dimension = source.of(kSizes);
   if (!shape.empty() && source.chance(3)) shape.back() = source.below(kMostElements);
-  for (size_t d = 0; size_of(shape) > kMostElements; ++d) shape[d % shape.size()] = 1;
+  // Also where a 0 is among them, which an operand may have a 1 in the place of.
+  const auto size = [&] {
+    int64_t size = 1;
+    for (int64_t dimension : shape) size *= std::max<int64_t>(1, dimension);
+    return size;
+  };
+  for (size_t d = 0; size() > kMostElements; ++d) shape[d] = 1;
   return shape;
 }
 
