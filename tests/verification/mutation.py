@@ -97,11 +97,13 @@ class Tree:
         import jax
         import pybind11
 
-        # Of the other instruction set there is nothing to call.
+        # The other instruction set is this one.
         other = self.objects / "other.cc"
         other.write_text(
             '#include "bce_cpu.h"\n'
-            "namespace jax_bce::avx512 { const CpuLoop kFloat32 = {}, kFloat64 = {}; }\n"
+            "namespace jax_bce::avx512 {\n"
+            "const CpuLoop kFloat32 = baseline::kFloat32, kFloat64 = baseline::kFloat64;\n"
+            "}\n"
         )
         python = sysconfig.get_path("include")
         folders = [f"-isystem{f}" for f in (python, pybind11.get_include(), jax.ffi.include_dir())]

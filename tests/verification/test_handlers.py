@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.any_jax
 
 # What a call may break, in names of its parts, and the words of the error.
-NAMES = ("weight", "sample_weight", "pos_weight", "where", "ignore_label")
+COMMON = ("weight", "sample_weight", "pos_weight", "where", "ignore_label")
+FOCAL = ("alpha", "gamma", "gamma_pos", "clip")
+NAMES = (*COMMON, *FOCAL)
+CONSTANT_POWER = 1 << len(NAMES) + 2
 TARGETS = {"loss": (1, 0), "loss_and_grad": (1, 1), "grad": (0, 1), "total": (1, 0)}
 TYPES = (*oracle.FLOATS, *oracle.INTEGERS)
 FOREIGN = tuple(
@@ -98,13 +101,16 @@ def right_calls(draw: st.DrawFn) -> Call:
         "scale": (factor(), arithmetic),
         "smoothing": (broadcast(leading) if not (loss and reduced) else factor(), arithmetic),
     }
-    given = draw(st.sets(st.sampled_from(NAMES)))
+    given = draw(st.sets(st.sampled_from(COMMON)))
+    if draw(st.booleans()):
+        given = given - {"pos_weight"} | {"gamma"} | draw(st.sets(st.sampled_from(FOCAL)))
     for name in NAMES:
         if name in given:
             weight = draw(st.sampled_from(TYPES))
             dtype = {"where": np.dtype(bool), "ignore_label": labels_dtype}.get(name, weight)
             operands[name] = (broadcast(len(shape)), dtype)
     modifiers = sum(1 << bit for bit, name in enumerate(NAMES) if name in given)
+    modifiers |= draw(st.sampled_from([0, CONSTANT_POWER]))
     if draw(st.booleans()):
         modifiers |= 3 << len(NAMES)
         for name in ("divisor", "divisor_low"):
@@ -160,7 +166,7 @@ def foreign_dtype(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
 def other_dtype(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     """One that other operands may have."""
     factors = ("scale", "smoothing", "divisor", "divisor_low")
-    names = [name for name in call.operands if name in (*factors, "logits", *NAMES[3:])]
+    names = [n for n in call.operands if n in (*factors, "logits", "where", "ignore_label")]
     name = draw(st.sampled_from(names))
     if name == "logits":
         dtype = draw(st.sampled_from(oracle.INTEGERS))
@@ -192,11 +198,32 @@ def number_of_operands(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
 def bits(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     """Another set of modifiers than is there, or none that exists."""
     right = int(call.attributes["modifiers"])
-    wrong = draw(st.sampled_from([right ^ 1 << bit for bit in range(64)]))
+    wrong = draw(
+        st.sampled_from([right ^ 1 << bit for bit in range(64) if 1 << bit != CONSTANT_POWER])
+    )
     wrong -= (wrong >> 63) << 64
     attributes = call.attributes | {"modifiers": np.int64(wrong)}
     words = f"modifiers {wrong} needs|modifiers has a bit without a meaning: {wrong}"
     return replace(call, attributes=attributes), words
+
+
+def half_a_focal_loss(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
+    """Numbers of a focal loss without its gamma, or with a pos_weight."""
+    right = int(call.attributes["modifiers"])
+    operands = dict(call.operands)
+    if "gamma" in operands and len({*operands}.intersection(FOCAL)) > 1:
+        del operands["gamma"]
+        name, words = "gamma", "gamma is missing"
+    elif "pos_weight" in operands:
+        name, words = "gamma", "focal loss has no pos_weight"
+        last = [n for n in (*COMMON, "alpha") if n in operands][-1]
+        items = [*operands.items()]
+        place = [n for n, _ in items].index(last) + 1
+        operands = dict([*items[:place], ("gamma", ((), call.arithmetic)), *items[place:]])
+    else:
+        return None
+    attributes = call.attributes | {"modifiers": np.int64(right ^ 1 << NAMES.index(name))}
+    return replace(call, operands=operands, attributes=attributes), words
 
 
 def reduced_rank(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
@@ -277,6 +304,7 @@ BREAKS: tuple[Break, ...] = (
     factor_that_varies,
     number_of_operands,
     bits,
+    half_a_focal_loss,
     reduced_rank,
     total_of_nothing,
     count,

@@ -18,9 +18,9 @@
 #include "../../../csrc/ffi_cpu.cc"
 #include "../../pool.h"
 
-#if defined(ONE_INSTRUCTION_SET)  // that of JAX_BCE_CPU; the other is not compiled
+#if defined(ONE_INSTRUCTION_SET)  // the other is the same
 namespace jax_bce::avx512 {
-const CpuLoop kFloat32 = {}, kFloat64 = {};
+const CpuLoop kFloat32 = baseline::kFloat32, kFloat64 = baseline::kFloat64;
 }  // namespace jax_bce::avx512
 #endif
 
@@ -140,9 +140,16 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   call.operands = {{logits, shape}, {labels, broadcast(source, shape, leading)}};
   for (int i = 0; i < 2; ++i) call.operands.push_back({arithmetic, factor()});
   const bool some = source.chance(2);
-  call.modifiers = modifiers >= 0 ? modifiers : some ? source.below(4 << kModifiers) : 0;
-  if (const int64_t parts = call.modifiers >> kModifiers; parts == 1 || parts == 2)
-    call.modifiers &= (1 << kModifiers) - 1;
+  call.modifiers = modifiers >= 0 ? modifiers : some ? source.below(8 << kModifiers) : 0;
+  // Both parts of a divisor, or none; gamma with the other numbers of a focal loss, or none of
+  // them.
+  constexpr int64_t kFocal = (1 << kModifiers) - (1 << kModifiersOfAll),
+                    kDivisors = 3 << kModifiers;
+  if ((call.modifiers & kDivisors) != kDivisors) call.modifiers &= ~kDivisors;
+  if (call.modifiers & 1 << kGamma)
+    call.modifiers &= ~int64_t{1 << kPosWeight};
+  else
+    call.modifiers &= ~kFocal;
   for (int i = 0; i < kModifiers; ++i) {
     if (!(call.modifiers >> i & 1)) continue;
     const ffi::DataType weight = any_type(source);
@@ -151,7 +158,7 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
                                                    : weight;
     call.operands.push_back({type, broadcast(source, shape, rank)});
   }
-  for (int i = 0; call.modifiers >> kModifiers && i < 2; ++i)
+  for (int i = 0; call.modifiers & kDivisors && i < 2; ++i)
     call.operands.push_back({arithmetic, factor()});
   const auto element = [&] { return wide ? ffi::DataType::F64 : kFloats[source.below(3)]; };
   const Shape rows(shape.begin(), shape.begin() + leading);
@@ -164,7 +171,7 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   }
   if (call.gradient()) call.results.push_back({element(), shape});
   call.count = 1 + source.below(100);
-  call.tame = source.chance(2);
+  call.tame = source.chance(2) && !(call.modifiers & 1 << kGamma);  // tests/test_focal.py has those
   call.seed = source.below(1 << 24);
   // Subnormal results or operands are 0; or another rounding.
   call.flags = source.of({0u, 0x8000u, 0x0040u, 0x8040u, 0x2000u, 0x4000u, 0x6000u});
@@ -183,7 +190,7 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
       if (!array.shape.empty()) array.shape[source.below(array.shape.size())] = source.below(40);
       break;
     case 3:
-      call.modifiers = static_cast<int64_t>(source.below(1 << 8)) - 16;
+      call.modifiers = static_cast<int64_t>(source.below(16 << kModifiers)) - 16;
       break;
     case 4:
       call.reduced_rank = static_cast<int64_t>(source.below(8)) - 2;
@@ -530,11 +537,11 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
 
 inline std::vector<std::string> names_of(const Drawn& call) {
   std::vector<std::string> names = {"logits", "labels", "scale", "smoothing"};
-  const char* const modifiers[] = {"weight", "sample_weight", "pos_weight", "where",
-                                   "ignore_label"};
+  const char* const modifiers[] = {"weight", "sample_weight", "pos_weight", "where", "ignore_label",
+                                   "alpha",  "gamma",         "gamma_pos",  "clip"};
   for (int i = 0; i < kModifiers; ++i)
     if (call.modifiers >> i & 1) names.push_back(modifiers[i]);
-  if (call.modifiers >> kModifiers) names.insert(names.end(), {"divisor", "divisor_low"});
+  if (call.modifiers >> kModifiers & 3) names.insert(names.end(), {"divisor", "divisor_low"});
   names.resize(call.operands.size());
   return names;
 }
