@@ -187,9 +187,12 @@ def test_in_xla_under_a_preloaded_sanitizer(
     """XLA calls the built module with AddressSanitizer: the tests of values and weights."""
     if not full:
         pytest.skip("in full only (make verify-memory): it builds another module")
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    libraries = [  # the second for what the first intercepts
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     flags = "-fsanitize=address -fno-omit-frame-pointer"
     options = ["--no-deps", "--target", tmp_path, f"--config-settings=build-dir={tmp_path}/build"]
     subprocess.run(
@@ -204,7 +207,7 @@ def test_in_xla_under_a_preloaded_sanitizer(
         env=platforms.environment("cpu")
         | {
             "PYTHONPATH": str(tmp_path),
-            "LD_PRELOAD": library,
+            "LD_PRELOAD": ":".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0",
             "JAX_BCE_REQUIRE": "cpu",
         },
