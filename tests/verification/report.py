@@ -78,8 +78,13 @@ PROMISES = {
         ),
         (
             "The end of the interpreter",
-            "daemon threads call while it ends; the same with jnp alone",
-            "of {life, shutdown.runs} runs {life, shutdown.failed} failed, with jnp "
+            "calls by threads that it waits for, and by atexit",
+            "{life, end.threads} threads: the right bits",
+        ),
+        (
+            "The end of the interpreter, no worse than with jnp",
+            "daemon threads call while it ends, where JAX may abort; the same with jnp alone",
+            "of {life, shutdown.runs} runs {life, shutdown.failed} aborted, with jnp "
             "{life, shutdown.failed_with_jnp}",
         ),
         (
@@ -150,8 +155,10 @@ def shown(value: object) -> str:
 
 
 def filled(text: str, records: dict[str, dict]) -> str:
-    """The text with the figures in the place of its fields."""
+    """The text with the figures in the place of its fields, or that they are not there yet."""
     parts = text.split("{")
+    if any(part.rpartition("}")[0].rpartition(".")[0] not in records for part in parts[1:]):
+        return "not in the record yet"
     for place, part in enumerate(parts[1:], 1):
         inside, _, after = part.partition("}")
         name, _, style = inside.partition(":")

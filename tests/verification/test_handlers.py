@@ -317,7 +317,7 @@ BREAKS: tuple[Break, ...] = (
 
 @pytest.fixture
 def number(full: bool) -> int:
-    return 1000 if full else sample.examples(200)
+    return 1000 if full else sample.examples(100)
 
 
 def drawn(number: int) -> Callable:

@@ -126,8 +126,31 @@ started.wait()
 """
 
 
-def test_shutdown(cpu: str, full: bool, record: Callable) -> None:
-    """Daemon threads that call while the interpreter ends, no worse than with jnp alone."""
+def test_calls_at_the_end(cpu: str, record: Callable) -> None:
+    """When the main thread has ended: by threads that Python waits for, and by atexit."""
+    code = """
+import atexit
+expected = bits(call(0, True))
+
+def work():
+    threading.main_thread().join()
+    for i in range(20): assert bits(call(0, i % 2)) == expected
+    print("thread")
+
+def last():
+    assert bits(call(0, False)) == expected
+    print("atexit")
+
+atexit.register(last)
+for _ in range(4):
+    threading.Thread(target=work).start()
+"""
+    assert run(code).stdout.split() == ["thread"] * 4 + ["atexit"]
+    record("life, end", threads=4)
+
+
+def test_daemons_at_the_end(cpu: str, full: bool, record: Callable) -> None:
+    """No worse than with jnp alone: JAX itself aborts where Python ends a thread inside of it."""
     times = 20 if full else 2
 
     def failures(name: str) -> list[str]:
