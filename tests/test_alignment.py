@@ -57,7 +57,7 @@ def seen(function: str, shape: tuple, name: str, operand: np.ndarray) -> np.ndar
     checked = _arguments.checked(zeros, zeros, reduction="none", name=of, numbers=numbers, **own)
 
     def taken(call: _evaluate.Call) -> jax.Array:
-        return call.operands[-1] if common else call.number(name)
+        return call.operands[-1] if name in call.params["modifiers"] else call.number(name)
 
     return np.broadcast_to(_evaluate.evaluate(taken, checked), shape)
 
