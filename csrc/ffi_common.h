@@ -3,10 +3,10 @@
 // already; these checks keep calls from elsewhere from reading past a buffer.
 //
 // Four targets, one signature:
-//     jax_bce_v1_loss            (logits, labels, scale, smoothing) -> loss
-//     jax_bce_v1_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
-//     jax_bce_v1_grad            (logits, labels, scale, smoothing) -> gradient
-//     jax_bce_v1_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
+//     jax_bce_v2_loss            (logits, labels, scale, smoothing) -> loss
+//     jax_bce_v2_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
+//     jax_bce_v2_grad            (logits, labels, scale, smoothing) -> gradient
+//     jax_bce_v2_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
 // "modifiers", and, with the next two bits, a divisor and its rounding error. With the bit after
 // those, the gradient takes the power of a focal loss for a constant. On "CUDA", one more
@@ -333,10 +333,10 @@ inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
       return handlers;
     };
     pybind11::dict targets;
-    targets["jax_bce_v1_loss"] = stages(loss);
-    targets["jax_bce_v1_loss_and_grad"] = stages(loss_and_grad);
-    targets["jax_bce_v1_grad"] = stages(grad);
-    targets["jax_bce_v1_total"] = stages(total);
+    targets["jax_bce_v2_loss"] = stages(loss);
+    targets["jax_bce_v2_loss_and_grad"] = stages(loss_and_grad);
+    targets["jax_bce_v2_grad"] = stages(grad);
+    targets["jax_bce_v2_total"] = stages(total);
     return targets;
   });
   module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

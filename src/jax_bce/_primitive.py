@@ -17,7 +17,7 @@ dimensions were moved last for this call, and only matters for the choice of a k
 kinds differ in their results: "loss", "loss_and_grad", "grad", and "total", which is the divisor of
 another call: a number of the arithmetic's dtype, and its rounding error.
 
-On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v1_<kind>`. If that is not available,
+On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v2_<kind>`. If that is not available,
 and on all other platforms, XLA compiles `_reference.py`.
 """
 
@@ -256,7 +256,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
         workspace = _kernels.workspace if platform == "cuda" else lambda rows, columns: 0
-        return ffi_call(context, operands, f"jax_bce_v1_{params['kind']}", workspace, **call)
+        return ffi_call(context, operands, f"jax_bce_v2_{params['kind']}", workspace, **call)
 
     return rule
 

@@ -66,7 +66,7 @@ class Call:
             for name, (shape, dtype) in self.operands.items()
         ]
         results = [jax.ShapeDtypeStruct(*result) for result in self.results.values()]
-        call = jax.ffi.ffi_call(f"jax_bce_v1_{self.target}", results, has_side_effect=True)
+        call = jax.ffi.ffi_call(f"jax_bce_v2_{self.target}", results, has_side_effect=True)
         return [*map(np.asarray, call(*operands, **self.attributes))]
 
 

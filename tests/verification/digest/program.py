@@ -29,7 +29,7 @@ def use_handlers_of(library: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     symbols = ctypes.CDLL(library)
-    handlers = {f"jax_bce_v1_{name}": getattr(symbols, f"jax_bce_v1_{name}") for name in TARGETS}
+    handlers = {f"jax_bce_v2_{name}": getattr(symbols, f"jax_bce_v2_{name}") for name in TARGETS}
     module.registrations = lambda: {
         name: {"execute": jax.ffi.pycapsule(handler)} for name, handler in handlers.items()
     }
