@@ -57,6 +57,8 @@ def cases(rows: int, columns: int) -> dict[str, Case]:
         "pos_weight (C,)": (loss, {"pos_weight": pos_weight}, plain),
         "row mask": (loss, {"where": row_mask}, plain),
         "pos_weight (C,), row mask": (loss, both, plain),
+        "label_smoothing": (partial(loss, label_smoothing=0.1), {}, plain),
+        "sample_weight (B,)": (loss, {"sample_weight": sample_weight}, plain),
         "weight (C,), sample_weight (B,)": (
             loss,
             {"weight": weight, "sample_weight": sample_weight},
@@ -116,9 +118,11 @@ def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
     return [
         {both: options[both], f"optax: {both}": (multiplied, options[both][1], both)},
         {
-            focal: (jax_bce.focal_loss, {}, focal),
+            "loss": (jax_bce.loss, {}, "loss"),
+            focal: (jax_bce.focal_loss, {}, "loss"),
+            "focal_loss, gamma 1.5": (partial(jax_bce.focal_loss, gamma=1.5), {}, "loss"),
+            "asymmetric_loss": (jax_bce.asymmetric_loss, {}, "loss"),
             "optax: sigmoid_focal_loss": (optax_focal, {}, focal),
-            "asymmetric_loss": (jax_bce.asymmetric_loss, {}, focal),
         },
     ]
 
