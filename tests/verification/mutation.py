@@ -166,7 +166,7 @@ class Tree:
             return True, "does not end"
         if status == 0:
             return False, ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.M)
         if failed is None and name != "exhaustive" and status != -11:
             raise RuntimeError(f"{mutation.what}: pytest ended with {status}:\n{output[-3000:]}")
         return True, failed[1] if failed else name
