@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce import _check
@@ -384,9 +384,16 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
         of_device,
         in_specs=(specs,),
         out_specs=PartitionSpec(rows or None) if per_row else PartitionSpec(),
-        axis_names={*rows, *labels},
+        # All explicit axes: JAX 0.8 has no scan where some are manual and others are not.
+        axis_names=_explicit_axes(arrays["features"]),
     )
     return function(arrays)  # type: ignore[no-any-return]
+
+
+def _explicit_axes(array: Array) -> set[str]:
+    mesh: Any = jax.typeof(array).sharding.mesh
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in types if kind == AxisType.Explicit}
 
 
 def _axes_at(array: Array, place: int) -> tuple[str, ...]:
