@@ -316,7 +316,8 @@ struct Tile {
   Scalar *loss, *gradient;
   bool smoothed;
   alignas(64) Scalar factors[kTile], smoothing[kTile];
-  // Of a focal loss: the numbers that nothing gives are null, or as if not given.
+  // Of a focal loss. alpha and clip are null if they are not given; without a gamma_pos, it is
+  // gamma.
   const Scalar *alpha, *gamma, *gamma_pos, *clip, *clip_logit, *clip_logit_low;
   bool products;  // whether all elements have the same gammas, which are 0, 1, 2 or 4, and which
   int integer_neg, integer_pos;

@@ -119,6 +119,11 @@ ASYMMETRIC = 16.0
 KERNEL_FOCAL = 4.0
 KERNEL_ASYMMETRIC = 8.0
 KERNEL_SOFT = 16.0
+KERNEL_16_BIT = 0.51
+# Of a mean: its elements' errors, and one rounding on each of two sides.
+FOCAL_MEAN = 2e-7
+# The kernel's results and derivatives beside XLA's, whose exp and log err by a few ulp each.
+FOCAL_MODES = {"rtol": 1e-5, "atol": 1e-7}
 # XLA's log and one division, of an element that is a product of a few numbers.
 ARITHMETIC = 8.0
 # Their derivatives in a label, a focus, alpha or clip, at logits up to 25, where a power may be the

@@ -68,7 +68,7 @@ PROMISES = {
     "life": [
         (
             "Threads of Python",
-            "8 threads call, half of them compile each call anew; the bits are those of one thread",
+            "8 threads call, half of them compiling each call; the bits are those of one thread",
             "{life, threads.calls:,} calls in {life, threads.seconds} s",
         ),
         (

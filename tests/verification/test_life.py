@@ -96,7 +96,7 @@ assert os.read(read, 1000) == results[:1000]
 
 
 def test_spawn(cpu: str, record: Callable) -> None:
-    """Processes that Python starts anew; what they send back is what the parent computes."""
+    """Processes that Python spawns; what they send back is what the parent computes."""
     code = """
 import multiprocessing
 from functools import partial
