@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
-from hlo import COLLECTIVE, bytes_moved, collectives, passes_outside_loops
+from hlo import COLLECTIVE, bytes_moved, collectives, kernel_calls, passes_outside_loops
 from jax import export, value_and_grad, vmap
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,6 +34,7 @@ PLUGIN = Path(sys.prefix, "cuda_plugin")
 SHAPE = (512, 65536)  # of the logits, each row of several blocks
 SHORT = (32768, 1000)  # an eighth of a row is less than a block
 UNEVEN = (32764, 1000)  # rows for 4 GPUs, but not for 8
+LAYER = (4096, 131072, 512)  # of linear_loss: rows, labels and width
 
 
 def missing() -> str | None:
@@ -172,6 +173,35 @@ def compiled(name: str, *dtypes: str) -> Compiled:
         bytes_moved(result) / (math.prod(program.shape) / mesh(program.gpus).size),
         result.memory_analysis().temp_size_in_bytes,
         collectives(result),
+    )
+
+
+def linear_loss(
+    gpus: str, columns: int, rows: str | None, labels: str | None, dtype: str
+) -> tuple[list[str], list[str], int]:
+    """Kernels, collectives and temporary bytes of the gradients of a layer with labels' indices."""
+    n, c, d = LAYER
+    shapes = {
+        "features": ((n, d), dtype, PartitionSpec(rows)),
+        "weight": ((d, c), dtype, PartitionSpec(None, labels)),
+        "bias": ((c,), dtype, PartitionSpec(labels)),
+        "positives": ((n, 8), "int32", PartitionSpec(rows)),
+    }
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh(gpus, columns), spec))
+        for name, (shape, dtype, spec) in shapes.items()
+    }
+    positives = arrays.pop("positives")
+
+    def objective(parameters, positives):
+        return jax_bce.linear_loss(**parameters, positives=positives, implementation="cuda")
+
+    traced = jax.jit(value_and_grad(objective)).trace(arrays, positives)
+    program = traced.lower(lowering_platforms=("cuda",)).compile()
+    return (
+        kernel_calls(program),
+        collectives(program),
+        program.memory_analysis().temp_size_in_bytes,
     )
 
 

@@ -265,51 +265,15 @@ def test_refused(cpu: str, name: str, spec: PartitionSpec, words: str) -> None:
 
 # --- GPUs ----------------------------------------------------------------------------------------
 
-LARGE = (4096, 131072, 512)
-
-
-def compiled_for_gpus(
-    gpus: str, columns: int, rows: Any, labels: Any, dtype: str
-) -> dict[str, Any]:
-    """Of the gradients of a layer with indices of labels: collectives, kernels and temporaries."""
-    mesh = gpu_compiler.mesh(gpus, columns)
-    n, c, d = LARGE
-    shapes = {
-        "features": ((n, d), dtype, P(rows)),
-        "weight": ((d, c), dtype, P(None, labels)),
-        "bias": ((c,), dtype, P(labels)),
-        "positives": ((n, 8), "int32", P(rows)),
-    }
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-        for name, (shape, kind, spec) in shapes.items()
-    }
-
-    def objective(moving: dict[str, jax.Array], positives: jax.Array) -> jax.Array:
-        return jax_bce.linear_loss(
-            moving["features"],
-            moving["weight"],
-            bias=moving["bias"],
-            positives=positives,
-            implementation="cuda",
-        )
-
-    positives = arrays.pop("positives")
-    traced = jax.jit(jax.value_and_grad(objective)).trace(arrays, positives)
-    program = traced.lower(lowering_platforms=("cuda",)).compile()
-    return {
-        "sent": collectives(program),
-        "kernels": kernel_calls(program),
-        "temporaries": program.memory_analysis().temp_size_in_bytes,
-    }
-
 
 @pytest.fixture(scope="module")
 def of_gpus(require: Callable[[str], None]) -> Iterator[Callable]:
     require("gpu-compiler")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=gpu_compiler.prepare) as process:
-        yield cache(lambda *arguments: process.submit(compiled_for_gpus, *arguments).result())
+        yield cache(
+            lambda *arguments: process.submit(gpu_compiler.linear_loss, *arguments).result()
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -330,14 +294,14 @@ def test_on_gpus(
 
     The sums of the features' gradient are as large as features of all devices together.
     """
-    found = of_gpus(gpus, columns, rows, labels, dtype)
-    assert found["kernels"].count("jax_bce_v2_loss_and_grad") == 1
-    assert all(what.startswith("all-reduce ") for what in found["sent"])
-    sums = 2 * LARGE[0] * LARGE[2] * 4
-    assert found["temporaries"] <= 1.1 * 2**26 + sums
+    kernels, sent, temporary_bytes = of_gpus(gpus, columns, rows, labels, dtype)
+    assert kernels.count("jax_bce_v2_loss_and_grad") == 1
+    assert all(what.startswith("all-reduce ") for what in sent)
+    n, _, d = gpu_compiler.LAYER
+    assert temporary_bytes <= 1.1 * 2**26 + 2 * n * d * 4
     if not rows and not labels:
-        assert found["sent"] == []
-        assert found["temporaries"] <= 1.1 * 2**26
+        assert sent == []
+        assert temporary_bytes <= 1.1 * 2**26
 
 
 # --- SigLIP --------------------------------------------------------------------------------------
