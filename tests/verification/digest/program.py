@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,61 @@ def cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     )
 
 
-def digests(implementation: str, loss_and_grad: Callable) -> dict[str, str]:
+def focal_cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
+    gammas = np.float32([0, 1, 2, 4, 0.5, 1.5, 2.5])[np.arange(shape[-1]) % 7]
+    where = numbers(shape, 5, 0, 1) < 0.75
+    yield "focal", {"gamma": 2.0}
+    yield "focal, any gamma", {"gamma": 1.5, "alpha": 0.25, "reduction": "none"}
+    yield (
+        "focal, every modifier",
+        {
+            "gamma": gammas,
+            "alpha": 0.75,
+            "axis": -1,
+            "reduction": "weighted_mean",
+            "weight": numbers(shape, 3, 0, 3),
+            "where": where,
+            "label_smoothing": 0.125,
+        },
+    )
+    yield "asymmetric", {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05}
+    yield (
+        "asymmetric, constant power",
+        {
+            "gamma_neg": gammas,
+            "gamma_pos": 0.5,
+            "clip": 0.2,
+            "stop_gradient_weight": True,
+            "reduction": "sum",
+        },
+    )
+
+
+SOFT = {
+    "none",
+    "every modifier",
+    "rows",
+    "focal, any gamma",
+    "focal, every modifier",
+    "asymmetric, constant power",
+}
+
+
+def results_of(losses: ModuleType, name: str, options: dict, implementation: str) -> Callable:
+    """Loss and gradient of logits and labels."""
+    kind = name.partition(",")[0]
+    if kind not in ("focal", "asymmetric"):
+        return lambda x, y: losses.loss_and_grad(x, y, **options, implementation=implementation)
+    loss = getattr(losses, f"{kind}_loss")
+
+    def results(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, pullback = jax.vjp(lambda x: loss(x, y, **options, implementation=implementation), x)
+        return value, pullback(jnp.ones_like(value))[0]
+
+    return results
+
+
+def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, str]:
     """Of each case, that of the loss and that of the gradient."""
     found = {}
     for number, shape in enumerate(SHAPES):
@@ -92,14 +147,10 @@ def digests(implementation: str, loss_and_grad: Callable) -> dict[str, str]:
             for kind, soft in (("uint8", False), (dtype, True)):
                 labels = numbers(shape, 10 + number, 0, 1)
                 labels = jnp.asarray(labels if soft else labels < 0.5, kind)
-                for name, options in cases(shape):
-                    if soft != (name in ("none", "every modifier", "rows")):
+                for name, options in (*cases(shape), *(focal_cases(shape) if focal else ())):
+                    if soft != (name in SOFT):
                         continue
-                    call = jax.jit(
-                        lambda x, y, o=options: loss_and_grad(
-                            x, y, **o, implementation=implementation
-                        )
-                    )
+                    call = jax.jit(results_of(losses, name, options, implementation))
                     results = call(jnp.asarray(logits, dtype), labels)
                     for what, result in zip(("loss", "gradient"), results, strict=True):
                         array = np.asarray(result)
@@ -113,10 +164,12 @@ def main() -> None:
     implementation, *library = sys.argv[1:]
     if library:
         use_handlers_of(library[0])
-    from jax_bce import loss_and_grad
+    import jax_bce
 
     jax.config.update("jax_enable_x64", True)
-    print(json.dumps(digests(implementation, loss_and_grad), indent=1))
+    # Of focal losses there is only the CPU's kernel.
+    focal = implementation == "cpu" and not library
+    print(json.dumps(digests(implementation, jax_bce, focal), indent=1))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   }
   if (call.gradient()) call.results.push_back({element(), shape});
   call.count = 1 + source.below(100);
-  call.tame = source.chance(2) && !(call.modifiers & 1 << kGamma);  // tests/test_focal.py has those
+  call.tame = source.chance(2);
   call.seed = source.below(1 << 24);
   // Subnormal results or operands are 0; or another rounding.
   call.flags = source.of({0u, 0x8000u, 0x0040u, 0x8040u, 0x2000u, 0x4000u, 0x6000u});
@@ -311,6 +311,10 @@ inline std::vector<char> numbers(const Drawn& call, const Buffer& array, const s
                         : name == "divisor_low"  ? pick({0})
                         : name == "ignore_label" ? float(bits % 2)
                         : name == "where"        ? float(bits % 4 != 0)
+                        : name == "alpha"        ? pick({0.25, 0.5, 1, 0, 0.75})
+                        : name == "gamma"        ? pick({2, 1, 4, 0, 0.5, 1.5, 3, 5})
+                        : name == "gamma_pos"    ? pick({1, 2, 0, 4, 0.5, 2.5})
+                        : name == "clip"         ? is_float * pick({0.125, 0, 0.5, 0.25, 0.75})
                                                  : pick({0, 1, 1, 0.5, 2, 3});
     if (array.width() <= 8 && array.type != ffi::DataType::C64) put_number(array.type, value, to);
   }
@@ -438,6 +442,38 @@ inline int64_t place(const Buffer& array, const Shape& at) {
   return offset;
 }
 
+// An element's loss and derivative in the logit, and how large the terms are that they add up.
+struct Element {
+  long double loss, gradient, loss_scale, gradient_scale;
+};
+
+// Of the label y (smoothed) and p = y pos_weight.
+inline Element cross_entropy(long double x, long double y, long double p) {
+  const long double n = 1 - y, e = std::exp(-std::fabs(x)), softplus = std::log1p(e);
+  const long double up = softplus + std::max(x, 0.0L), down = softplus + std::max(-x, 0.0L);
+  const long double sigmoid = x >= 0 ? 1 / (1 + e) : e / (1 + e);
+  const long double opposite = x >= 0 ? e / (1 + e) : 1 / (1 + e);
+  return {p * down + n * up, n * sigmoid - p * opposite, std::fabs(p) * down + std::fabs(n) * up,
+          std::max(std::fabs(n) * sigmoid, std::fabs(p) * opposite)};
+}
+
+// As bce_focal.h defines it, for labels from 0 to 1.
+inline Element focal(long double x, long double y, long double gamma_neg, long double gamma_pos,
+                     long double clip, bool constant_power) {
+  const long double n = 1 - y, e = std::exp(-std::fabs(x));
+  const long double p = x >= 0 ? 1 / (1 + e) : e / (1 + e), m = x >= 0 ? e / (1 + e) : 1 / (1 + e);
+  const bool above = clip == 0 || x > std::log(clip / (1 - clip));
+  const long double v = above ? p - clip : 0, u = above ? m + clip : 1;
+  const long double minus_log_u = v < 0.5L ? -std::log1p(-v) : -std::log(u);
+  const long double cross = y * (std::log1p(e) + std::max(-x, 0.0L)) + n * minus_log_u;
+  const long double base = y * m + n * v, gamma = y * gamma_pos + n * gamma_neg;
+  const long double power = base == 0 ? gamma == 0 : std::pow(base, gamma);
+  const long double up = above ? power * n * p * m / u : 0, down = power * y * m;
+  const long double change =
+      constant_power || base == 0 ? 0 : power * gamma * p * m * (n * above - y) / base * cross;
+  return {power * cross, up - down + change, power * cross, up + down + std::fabs(change)};
+}
+
 // Why the results are not near the definition, or "".
 inline std::string compare(const Drawn& call, const std::vector<std::string>& names,
                            const std::vector<std::vector<char>>& values,
@@ -461,7 +497,12 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
   const auto divisor_of = reader("divisor", 1), divisor_low = reader("divisor_low", 0);
   const auto where = reader("where", 1), ignored = reader("ignore_label", 0);
   const auto weight_of = reader("weight", 1), sample_weight = reader("sample_weight", 1);
-  const auto pos_weight = reader("pos_weight", 1);
+  const auto pos_weight = reader("pos_weight", 1), alpha_of = reader("alpha", 1);
+  const auto gamma = reader("gamma", 0), clip = reader("clip", 0);
+  const auto has = [&](ModifierName name) { return (call.modifiers >> name & 1) != 0; };
+  const auto gamma_pos = reader(has(kGammaPos) ? "gamma_pos" : "gamma", 0);
+  // The contract of a focal loss has more ulp.
+  const long double more = has(kGamma) ? 8 : 1;
   const bool ignores = call.modifiers >> kIgnoreLabel & 1;
   const bool sums = call.loss() && call.reduced_rank > 0;
   const bool narrow = call.operands[0].type != ffi::DataType::F64;
@@ -472,16 +513,17 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
                                          : (narrow ? 0x1p-21L : 0x1p-49L);
   };
   const auto least = [](ffi::DataType type) {
-    return type == ffi::DataType::F16   ? 0x1p-24L
-           : type == ffi::DataType::F64 ? 0x1p-1074L
-                                        : 0x1p-149L;
+    return type == ffi::DataType::F16    ? 0x1p-24L
+           : type == ffi::DataType::BF16 ? 0x1p-133L
+           : type == ffi::DataType::F64  ? 0x1p-1074L
+                                         : 0x1p-149L;
   };
   std::string wrong;
   const auto check = [&](int result, int64_t i, long double exact, long double scale) {
     const Buffer& array = call.results[result];
     const long double found = number(array.type, &results[result][i * array.width()]);
     const bool sum = sums && result == 0;
-    const long double allowed = (narrow ? 0x1p-21L : 0x1p-49L) * scale +
+    const long double allowed = (narrow ? 0x1p-21L : 0x1p-49L) * more * scale +
                                 ulp(array.type, sum) * std::fabs(exact) + least(array.type);
     if (std::fabs(found - exact) <= allowed || !wrong.empty()) return;
     char text[200];
@@ -504,29 +546,27 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
     const long double scale = scale_of(at) / call.count;
     const long double factor = scale == 0 || divisor == 0 ? 0 : scale / divisor;
     const bool exists = where(at) != 0 && !(ignores && ignored(at) == label);
-    const long double weight = exists ? weight_of(at) * sample_weight(at) : 0;
-    const long double p = y * pos_weight(at), n = 1 - y;
-    const long double e = std::exp(-std::fabs(x)), softplus = std::log1p(e);
-    const long double up = softplus + std::max(x, 0.0L), down = softplus + std::max(-x, 0.0L);
-    const long double sigmoid = x >= 0 ? 1 / (1 + e) : e / (1 + e);
-    const long double opposite = x >= 0 ? e / (1 + e) : 1 / (1 + e);
-    const bool weights = call.target == 3;
-    const long double loss = weights ? weight : weight * (p * down + n * up);
-    const long double loss_scale =
-        weights ? weight : weight * (std::fabs(p) * down + std::fabs(n) * up);
+    long double weight = exists ? weight_of(at) * sample_weight(at) : 0;
+    Element element = {1, 0, 1, 0};  // of a total of weights
+    if (call.target != 3) {
+      if (has(kAlpha)) weight *= alpha_of(at) * y + (1 - alpha_of(at)) * (1 - y);
+      const bool constant_power = call.modifiers & kConstantPower;
+      element = has(kGamma) ? focal(x, y, gamma(at), gamma_pos(at), clip(at), constant_power)
+                            : cross_entropy(x, y, y * pos_weight(at));
+    }
+    const long double times = weight * factor;
     if (sums) {
-      total += loss;
-      total_scale += std::fabs(loss_scale);
+      total += element.loss * weight;
+      total_scale += std::fabs(element.loss_scale * weight);
       if ((i + 1) % columns == 0) {
         check(0, i / columns, total * factor, total_scale * std::fabs(factor) / 4);
         total = total_scale = 0;
       }
     } else if (call.loss()) {
-      check(0, i, loss * factor, std::fabs(loss_scale * factor));
+      check(0, i, element.loss * times, std::fabs(element.loss_scale * times));
     }
     if (call.gradient())
-      check(call.loss(), i, weight * (n * sigmoid - p * opposite) * factor,
-            std::fabs(weight * factor) * std::max(std::fabs(n) * sigmoid, std::fabs(p) * opposite));
+      check(call.loss(), i, element.gradient * times, element.gradient_scale * std::fabs(times));
   }
   if (sums)
     for (int64_t spare = rows; spare < call.results[0].size(); ++spare) check(0, spare, 0, 0);

@@ -59,17 +59,21 @@ Counts modifiers(int times) {
   Pool pool(0);
   Counts counts;
   for (int64_t bits = 0; bits < 1 << kModifiers; ++bits) {
-    // Of a focal loss, every 16th set.
-    if (bits >> kModifiersOfAll && (!(bits >> kGamma & 1) || bits % 16 != bits >> kGamma)) continue;
-    for (const int64_t divisor : {0, 3})
+    const bool focal = bits >> kGamma & 1;
+    if (bits >> kModifiersOfAll && !focal) continue;
+    // Of a focal loss, which has no pos_weight, every 16th set in the short form.
+    if (focal && (times > 1 ? bits >> kPosWeight & 1 : bits % 16 != bits >> kGamma)) continue;
+    for (const int64_t more : {0, 3, 4, 7}) {  // a divisor's parts, and the power as a constant
+      if (more > 3 && !focal) continue;
       for (int target = 0; target < 4; ++target)
         for (int time = 0; time < times; ++time) {
-          Source source(((bits * 4 + divisor) * 4 + target) * 1000 + time);
+          Source source(((bits * 8 + more) * 4 + target) * 1000 + time);
           Drawn call;
-          do call = draw(source, nullptr, bits | divisor << kModifiers);
+          do call = draw(source, nullptr, bits | more << kModifiers);
           while (call.target != target);
           count(call, evaluate(call, pool), &counts);
         }
+    }
   }
   return counts;
 }
