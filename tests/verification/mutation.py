@@ -186,11 +186,11 @@ class Tree:
             raise RuntimeError(f"{mutation.what}: pytest ended with {status}:\n{output[-3000:]}")
         return True, failed[1] if failed else name
 
-    def check(self, test: str) -> None:
+    def check(self, test: str, stage: str) -> None:
         """What fails without a break would notice every one."""
         if test not in self.sound and "::" in test:
-            everything = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--all"]
-            status, output = self.run([*everything, test], limit=900)
+            options = ["-q", "-p", "no:cacheprovider", *(["--all"] if stage == "all" else [])]
+            status, output = self.run(["-m", "pytest", *options, test], limit=900)
             if status != 0:
                 raise RuntimeError(f"{test} fails without a break:\n{output[-3000:]}")
             self.sound.add(test)
@@ -223,7 +223,8 @@ class Tree:
             path.write_text(text)
             if rebuilt:
                 self.restore()
-        self.check(str(found.get("by", "")))
+        if found["caught"]:
+            self.check(str(found["by"]), str(found["stage"]))
         return found | {"seconds": round(time.monotonic() - began)}
 
 
