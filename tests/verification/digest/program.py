@@ -58,6 +58,22 @@ SHAPES = ((37,), (5, 1030), (3, 30_011))
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+def dense(dtype: str) -> np.ndarray:
+    """Every number of a 16-bit type that is finite; of others 2^18 a sign, up to 2^10.
+
+    A constant of the arithmetic whose last bit is another one shows in a few of them.
+    """
+    kind = np.dtype(jnp.dtype(dtype))
+    unsigned = f"u{kind.itemsize}"
+    if kind.itemsize == 2:
+        every = np.arange(2**16, dtype=np.uint16).view(kind)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            return every[np.isfinite(every.astype(np.float64))]
+    low, high = (int(np.array(x, kind).view(unsigned)) for x in (2.0**-30, 2.0**10))
+    positive = np.arange(low, high, (high - low) >> 18, dtype=np.uint64).astype(unsigned).view(kind)
+    return np.concatenate([positive, -positive])
+
+
 def cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     row, last = shape[:1], shape[-1:]
     weight, column = numbers(shape, 3, 0, 3), numbers(last, 4, 0, 4)
@@ -113,6 +129,12 @@ def focal_cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     )
 
 
+FOCAL_OF_DENSE = (
+    ("focal, dense", {"gamma": 2.0}),
+    ("focal, any gamma, dense", {"gamma": 1.5}),
+    ("asymmetric, dense", {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05}),
+)
+# Cases of soft labels.
 SOFT = {
     "none",
     "every modifier",
@@ -140,6 +162,20 @@ def results_of(losses: ModuleType, name: str, options: dict, implementation: str
 def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, str]:
     """Of each case, that of the loss and that of the gradient."""
     found = {}
+
+    def add(key: str, call: Callable, *operands: jax.Array) -> None:
+        for what, result in zip(("loss", "gradient"), jax.jit(call)(*operands), strict=True):
+            array = np.asarray(result)
+            assert not np.isnan(array.astype(np.float64)).any(), key
+            found[f"{what}, {key}"] = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+    for dtype in DTYPES:
+        logits = jnp.asarray(dense(dtype))
+        for name, options in (("dense", {}), *(FOCAL_OF_DENSE if focal else ())):
+            call = results_of(losses, name, options | {"reduction": "none"}, implementation)
+            for label in (0, 1, 0.3):
+                labels = jnp.full(logits.shape, label, dtype)
+                add(f"{name}, {dtype}, label {label}", call, logits, labels)
     for number, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             logits = numbers(shape, number, -16, 16)
@@ -150,13 +186,9 @@ def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, s
                 for name, options in (*cases(shape), *(focal_cases(shape) if focal else ())):
                     if soft != (name in SOFT):
                         continue
-                    call = jax.jit(results_of(losses, name, options, implementation))
-                    results = call(jnp.asarray(logits, dtype), labels)
-                    for what, result in zip(("loss", "gradient"), results, strict=True):
-                        array = np.asarray(result)
-                        assert not np.isnan(array.astype(np.float64)).any(), (name, dtype, shape)
-                        key = f"{what}, {name}, {dtype}, {' x '.join(map(str, shape))}"
-                        found[key] = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+                    call = results_of(losses, name, options, implementation)
+                    key = f"{name}, {dtype}, {' x '.join(map(str, shape))}"
+                    add(key, call, jnp.asarray(logits, dtype), labels)
     return found
 
 
