@@ -59,7 +59,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def dense(dtype: str) -> np.ndarray:
-    """Every number of a 16-bit type that is finite; of others 2^18 a sign, up to 2^10.
+    """Every number of a 16-bit type that is finite; of others a million, where exp is not flat.
 
     A constant of the arithmetic whose last bit is another one shows in a few of them.
     """
@@ -69,8 +69,9 @@ def dense(dtype: str) -> np.ndarray:
         every = np.arange(2**16, dtype=np.uint16).view(kind)
         with np.errstate(invalid="ignore"):  # signalling NaNs
             return every[np.isfinite(every.astype(np.float64))]
-    low, high = (int(np.array(x, kind).view(unsigned)) for x in (2.0**-30, 2.0**10))
-    positive = np.arange(low, high, (high - low) >> 18, dtype=np.uint64).astype(unsigned).view(kind)
+    low, high = (int(np.array(x, kind).view(unsigned)) for x in (2.0**-5, 2.0**7))
+    step = (high - low) >> 19 | 1
+    positive = np.arange(low, high, step, dtype=np.uint64).astype(unsigned).view(kind)
     return np.concatenate([positive, -positive])
 
 
@@ -129,6 +130,7 @@ def focal_cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     )
 
 
+OF_PAIRS = {"reduction": "sum", "axis": -1, "dtype": "float64"}
 FOCAL_OF_DENSE = (
     ("focal, dense", {"gamma": 2.0}),
     ("focal, any gamma, dense", {"gamma": 1.5}),
@@ -172,10 +174,18 @@ def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, s
     for dtype in DTYPES:
         logits = jnp.asarray(dense(dtype))
         for name, options in (("dense", {}), *(FOCAL_OF_DENSE if focal else ())):
-            call = results_of(losses, name, options | {"reduction": "none"}, implementation)
+            call = results_of(losses, name, {"reduction": "none"} | options, implementation)
             for label in (0, 1, 0.3):
                 labels = jnp.full(logits.shape, label, dtype)
                 add(f"{name}, {dtype}, label {label}", call, logits, labels)
+                if name == "dense":  # sums show more digits than elements do
+                    pairs = logits[: logits.size & ~1].reshape(-1, 2)
+                    add(
+                        f"dense pairs, {dtype}, label {label}",
+                        results_of(losses, name, OF_PAIRS, implementation),
+                        pairs,
+                        jnp.full(pairs.shape, label, dtype),
+                    )
     for number, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             logits = numbers(shape, number, -16, 16)
