@@ -16,7 +16,7 @@ between := 3.12 jax==0.11.2 jaxlib==0.11.2
 newest := 3.13 jax jaxlib
 
 # The files of tests/verification whose full form has a target, such as verify-handlers.
-verified := digest handlers life memory supply
+verified := digest exactness handlers life memory supply
 verify := $(addprefix verify-,$(verified))
 
 .PHONY: demo pictures docs test test-all test-floor test-between test-newest lint exhaustive bench gpu-check clean

@@ -14,12 +14,14 @@ one exact loss and opposite exact gradients, and so have the last two.
 
 import argparse
 import functools
+import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -200,6 +202,7 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="between float32 bit patterns")
     parser.add_argument("--implementation", choices=("cpu", "cuda", "xla"))
     parser.add_argument("--loss", choices=("loss", *FOCAL), default="loss")
+    parser.add_argument("--json", type=Path, help="a file for the table, as a list of rows")
     arguments = parser.parse_args()
     tolerance = oracle.TOLERANCE[arguments.implementation or "cpu"]
     console = Console(stderr=True)
@@ -217,12 +220,17 @@ def main() -> int:
     ):
         table.add_column(column, no_wrap=True)
     failed = False
+    listed = []
     every = rows(arguments.stride, arguments.implementation, console, arguments.loss)
     for dtype, kind, quantity, worst in every:
         allowed = getattr(tolerance.elements[dtype, kind], quantity)
         if arguments.loss in FOCAL:
             allowed = getattr(oracle, f"KERNEL_{arguments.loss.upper()}")
         failed |= not worst.ulp <= allowed
+        listed.append(
+            {"dtype": dtype, "labels": labels[kind], "result": quantity, "allowed": allowed}
+            | vars(worst)
+        )
         table.add_row(
             dtype,
             labels[kind],
@@ -234,6 +242,8 @@ def main() -> int:
             worst.exact,
         )
     Console(width=140).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(listed))
     return int(failed)
 
 

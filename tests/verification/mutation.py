@@ -182,6 +182,8 @@ class Tree:
         if status == 0:
             return False, ""
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.M)
+        if failed is None and "ImportError while loading conftest" in output:
+            return True, "tests/conftest.py, which cannot be imported"
         if failed is None and name != "exhaustive" and status not in (-6, -11):
             raise RuntimeError(f"{mutation.what}: pytest ended with {status}:\n{output[-3000:]}")
         return True, failed[1] if failed else name
@@ -201,7 +203,9 @@ class Tree:
         text = path.read_text()
         built = mutation.is_python() or mutation.file.endswith((".cu", ".cuh"))
         handlers = mutation.file in ("csrc/ffi_common.h", "csrc/ffi_cpu.cc", "csrc/parallel_for.h")
-        affected = self.sources()[-1:] if handlers else self.sources()
+        loops = mutation.file in ("csrc/bce_math.h", "csrc/bce_focal.h", "csrc/bce_cpu_loop.h")
+        kernels, handler = self.sources()[:-1], self.sources()[-1:]
+        affected = handler if handlers else kernels if loops else [*kernels, *handler]
         rebuilt = False
         found: dict[str, object] = {"caught": False}
         try:
