@@ -52,6 +52,7 @@ def test_this_machine(platform: str, record: Callable) -> None:
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("threads", "instruction_set"),
     [(1, "x86-64-v3"), (7, "x86-64-v4"), (7, "aarch64")],
@@ -66,6 +67,7 @@ def test_threads_and_instruction_sets(
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 def test_the_cuda_source_on_the_host(cpu: str, tmp_path: Path, record: Callable) -> None:
     """XLA calls it in the place of the CPU kernel."""
     root = HERE.parent.parent.parent

@@ -151,7 +151,8 @@ def other_shape(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
         return None
     name, d = draw(st.sampled_from(names)), draw(st.sampled_from(wide))
     shape = [*call.operands[name][0]]
-    shape[d] = call.shape[d] + draw(st.integers(1, 3))
+    sizes = {*range(2, call.shape[d] + 4)} - {call.shape[d]}
+    shape[d] = draw(st.sampled_from(sorted(sizes)))
     broken = call.with_operand(name, tuple(shape), None)
     return broken, f"{name} (must not vary|cannot be broadcast)|broadcast in some of the reduced"
 

@@ -135,7 +135,7 @@ expected = bits(call(0, True))
 def work():
     threading.main_thread().join()
     for i in range(20): assert bits(call(0, i % 2)) == expected
-    print("thread")
+    print("thread\\n", end="")  # in one piece, whatever other threads print
 
 def last():
     assert bits(call(0, False)) == expected
