@@ -936,8 +936,10 @@ class Evaluation : Inputs<Scalar> {
   // Writes the losses of the rows of the last tile.
   void finish(const double* sums) const {
     double losses[kTile];
+    // Between the factors of two rows.
+    const int step = one_for_all_ ? 0 : one_for_row_ ? 1 : located_.columns;
     for (int i = 0; i < located_.rows; ++i) {
-      const int own = one_for_all_ ? 0 : i;
+      const int own = i * step;
       const double loss = sums[i] * scale_[own] / divisor_[own];
       losses[i] = scale_[own] == 0 || divisor_[own] == 0 ? 0 : loss;
     }
@@ -958,6 +960,7 @@ class Evaluation : Inputs<Scalar> {
   using Inputs<Scalar>::masked_;
   using Inputs<Scalar>::modify;
   using Inputs<Scalar>::one_for_all_;
+  using Inputs<Scalar>::one_for_row_;
   using Inputs<Scalar>::powers_;
   using Inputs<Scalar>::problem_;
   using Inputs<Scalar>::scale_;
