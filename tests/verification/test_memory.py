@@ -136,7 +136,7 @@ def test_instruction_sets(cpu: str, tmp_path: Path, full: bool, record: Callable
     if not full or len(sets) < 2:
         pytest.skip("in full only (make verify-memory), with two instruction sets")
     program = build(tmp_path, "address,undefined", sets)
-    arguments = ("random", 2, 20_000)
+    arguments = ("random", 2, 5000)
     counts = [run(program, *arguments, instruction_set=name) for name in sets]
     assert counts[0]["digest"] == counts[1]["digest"]
     record("memory, instruction sets", calls=int(counts[0]["calls"]), sets=" ".join(sets))
