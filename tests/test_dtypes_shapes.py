@@ -13,7 +13,7 @@ import oracle
 import platforms
 import pytest
 import sample
-from oracle import BFLOAT16, FLOAT16, FLOAT32
+from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
 
@@ -308,3 +308,17 @@ def test_int64_labels(check, implementation: str, value: int) -> None:
     check.ulps(
         "loss, label beyond 1", loss, exact.loss, oracle.LABEL_BEYOND_1, scale=exact.loss_scale
     )
+
+
+@pytest.mark.parametrize("result", [FLOAT16, FLOAT32, FLOAT64], ids=str)
+def test_elements_in_a_wider_or_narrower_dtype(
+    implementation: str, dtype: np.dtype, result: np.dtype
+) -> None:
+    """The loss of an element in any dtype is the one in the arithmetic's, rounded."""
+    logits, labels = np.array([0.3, -25, 700], dtype), np.array([0, 1, 1], np.uint8)
+    with jax.enable_x64(True):
+        of = partial(jax_bce.loss, logits, labels, reduction="none", implementation=implementation)
+        wide = of(dtype=oracle.arithmetic_dtype(dtype))
+        actual = of(dtype=result)
+    assert actual.dtype == result
+    oracle.assert_same_bits(actual, np.asarray(wide).astype(result))
