@@ -188,10 +188,10 @@ class Tree:
             raise RuntimeError(f"{mutation.what}: pytest ended with {status}:\n{output[-3000:]}")
         return True, failed[1] if failed else name
 
-    def check(self, test: str, stage: str) -> None:
+    def check(self, test: str, everything: bool) -> None:
         """What fails without a break would notice every one."""
         if test not in self.sound and "::" in test:
-            options = ["-q", "-p", "no:cacheprovider", *(["--all"] if stage == "all" else [])]
+            options = ["-q", "-p", "no:cacheprovider", *(["--all"] if everything else [])]
             status, output = self.run(["-m", "pytest", *options, test], limit=900)
             if status != 0:
                 raise RuntimeError(f"{test} fails without a break:\n{output[-3000:]}")
@@ -228,7 +228,8 @@ class Tree:
             if rebuilt:
                 self.restore()
         if found["caught"]:
-            self.check(str(found["by"]), str(found["stage"]))
+            everything = found["stage"] == "all" or "--all" in mutation.tests
+            self.check(str(found["by"]), everything)
         return found | {"seconds": round(time.monotonic() - began)}
 
 

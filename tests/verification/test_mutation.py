@@ -11,5 +11,5 @@ def test_each_break_is_possible() -> None:
     for mutation in table():
         text = (ROOT / mutation.file).read_text()
         assert mutation.applied(text) != text
-        for test in mutation.tests:
+        for test in {*mutation.tests} - {"--all"}:
             assert (ROOT / test.partition("::")[0]).is_file()

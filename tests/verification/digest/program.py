@@ -84,6 +84,8 @@ def cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     yield "rows", {"axis": -1, "label_smoothing": 0.125}
     yield "sum", {"reduction": "sum", "pos_weight": column, "normalizer": 7.0}
     yield "weighted mean", {"reduction": "weighted_mean", "weight": weight, "where": where}
+    yield "tiny normalizer", {"reduction": "sum", "normalizer": 1e-35}
+    yield "no weight", {"reduction": "weighted_mean", "weight": np.zeros(shape)}
     yield "ignored", {"ignore_label": 1, "sample_weight": numbers(row, 6, 0, 2), "weight": column}
     yield (
         "every modifier",
