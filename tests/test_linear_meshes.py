@@ -185,6 +185,17 @@ def test_one_all_reduce_for_each_gradient(cpu: str, sharded: str, sizes: str) ->
     assert sorted(sent) == sorted(wanted)
 
 
+def test_an_explicit_mesh_that_is_not_set(cpu: str) -> None:
+    """The arguments alone say which mesh it is."""
+    mesh = mesh_of(AxisType.Explicit)
+    arrays = inputs("labels", True)
+    specs = specs_of("data", "model", arrays)
+    spread = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in arrays.items()}
+    assert_close(jax.jit(with_gradients(loss, {}))(spread), on_one_device("labels", True, "mean"))
+    found = jax.jit(gradients_of(siglip))(*spread_pairs(mesh, ALONG["both"]))
+    assert_close(found, of_pairs("gradients"))
+
+
 @both_walks
 def test_sums_that_do_not_fit_are_reduced_in_each_block(cpu: str, sizes: str) -> None:
     """Right as well, and still without a gather."""

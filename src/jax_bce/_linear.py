@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce import _check
@@ -377,6 +377,7 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     if not rows and not labels:
         return _local(arrays, **params)
     specs = {}
+    mesh = explicit_mesh(*arrays.values())
     for name, array in arrays.items():
         spec: list[Any] = [None] * array.ndim
         for own, names in zip(places[name], (rows, labels), strict=True):
@@ -384,7 +385,7 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
                 spec[own] = names or None
         specs[name] = PartitionSpec(*spec)
         reshard: Any = jax.sharding.reshard
-        arrays[name] = reshard(array, specs[name])
+        arrays[name] = reshard(array, NamedSharding(mesh, specs[name]))
     per_row = params["reduced_rank"] == 1
 
     def of_device(arrays: dict[str, Array]) -> Array:
@@ -398,16 +399,22 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     shard_map: Any = jax.shard_map
     function = shard_map(
         of_device,
+        mesh=mesh,
         in_specs=(specs,),
         out_specs=PartitionSpec(rows or None) if per_row else PartitionSpec(),
         # All explicit axes: JAX 0.8 has no scan where some are manual and others are not.
-        axis_names=_explicit_axes(arrays["features"]),
+        axis_names=_explicit_axes(mesh),
     )
     return function(arrays)  # type: ignore[no-any-return]
 
 
-def _explicit_axes(array: Array) -> set[str]:
-    mesh: Any = jax.typeof(array).sharding.mesh
+def explicit_mesh(*arrays: Array) -> Any:
+    """The mesh of arrays that are sharded over it; `jax.set_mesh` may not have been called."""
+    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+    return next(mesh for mesh in meshes if not mesh.empty)
+
+
+def _explicit_axes(mesh: Any) -> set[str]:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in types if kind == AxisType.Explicit}
 

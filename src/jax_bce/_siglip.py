@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_bce import _check
@@ -23,6 +23,7 @@ from jax_bce._arguments import Implementation, available
 from jax_bce._linear import (
     BLOCK_BYTES,
     block_size,
+    explicit_mesh,
     number,
     owned,
     precision_of,
@@ -145,15 +146,18 @@ def _run(axes: tuple[Hashable, ...], params: _Params, arrays: dict[str, Any]) ->
     over = sharded_over({"images": (images, 0), "texts": (texts, 0)})
     if not over:
         return _check.loss(_block(*operands, np.int32(0), (), max(1, len(images)), params)[0])
-    spec, reshard = PartitionSpec(over), jax.sharding.reshard
+    mesh, spec = explicit_mesh(images, texts), PartitionSpec(over)
+    reshard: Any = jax.sharding.reshard
+    images, texts = (reshard(array, NamedSharding(mesh, spec)) for array in (images, texts))
     shard_map: Any = jax.shard_map
     ring = shard_map(
         functools.partial(_ring, over, params),
+        mesh=mesh,
         in_specs=(spec, spec, PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(),
         axis_names={*over},
     )
-    return _check.loss(ring(reshard(images, spec), reshard(texts, spec), *operands[2:]))
+    return _check.loss(ring(images, texts, *operands[2:]))
 
 
 _run.__name__ = _run.__qualname__ = "jax_bce_siglip"
