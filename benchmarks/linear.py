@@ -11,7 +11,8 @@ equivalent in PyTorch). Chunks have the size of linear_loss's blocks.
 Each implementation runs in its own process. They take turns, one call each, so that other load on
 the machine affects all alike; the times are medians, and the ratios are medians over the turns. The
 memory is how much larger the process becomes than it was with its inputs, so it includes the
-gradients. `--only` names one implementation.
+gradients. The last lines say whether linear_loss takes at most 1.15 times as long as the dense
+loss. `--only` names one implementation.
 
     python benchmarks/linear.py --only linear_loss --rows 4096 --labels 262144 --width 256
 
@@ -46,6 +47,7 @@ import jax_bce
 POSITIVES = 5
 BLOCK_BYTES = 64 * 2**20
 MIB = 2**20
+LONGER = 1.15  # how much longer than the loss of all logits it may take, where they fit
 
 Arrays = dict[str, np.ndarray]
 Call = Callable[[], object]
@@ -166,12 +168,13 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def serve(name: str, rows: int, labels: int, width: int) -> None:
+def serve(name: str, rows: int, labels: int, width: int, warm_up: bool) -> None:
     """Makes a call for each line of the input, and prints its seconds; at the end, the memory."""
     arrays = inputs(rows, labels, width)
     call = _of_jax(LOSSES[name], arrays) if name in LOSSES else chunks_torch(arrays)
     before = resident()
-    call()
+    if warm_up:
+        call()
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -189,6 +192,7 @@ def serve(name: str, rows: int, labels: int, width: int) -> None:
 def measure(names: list[str], rows: int, labels: int, width: int, seconds: float) -> list[Record]:
     """The records of one number of labels. The processes take turns, one call each."""
     sizes = ["--rows", str(rows), "--labels", str(labels), "--width", str(width)]
+    sizes += ["--seconds", str(seconds)]
     common: Record = {
         "date": now(),
         "processor": _processor(),
@@ -210,7 +214,7 @@ def measure(names: list[str], rows: int, labels: int, width: int, seconds: float
         assert processes[name].stdout.readline() == "ready\n", f"{name} failed"
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds * len(names)
-    while len(times[names[-1]]) < 3 or time.perf_counter() < end:
+    while len(times[names[-1]]) < (3 if seconds else 1) or time.perf_counter() < end:
         for name, process in processes.items():
             process.stdin.write("call\n")
             process.stdin.flush()
@@ -245,13 +249,30 @@ def table_of(results: list[Record]) -> Table:
     return table
 
 
+def verdicts(results: list[Record]) -> list[str]:
+    """Whether linear_loss is at most LONGER times as slow as the loss of all logits."""
+    lines = []
+    for result in results:
+        if result["implementation"] == "dense, jax_bce":
+            ratio = 1 / float(str(result["times_linear_loss"]))
+            verdict = "passed" if ratio <= LONGER else "FAILED"
+            lines.append(
+                f"{result['labels']:,} labels: {ratio:.2f} times as long as the dense loss, "
+                f"at most {LONGER}: {verdict}"
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="linear_loss, dense losses and chunk loops")
     parser.add_argument("--labels", type=int, nargs="+", default=[10**3, 10**4, 10**5, 10**6])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="for each case, at least 3 calls"
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="for each case, at least 3 calls; 0: the first alone",
     )
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help="one implementation")
     parser.add_argument("--output", type=Path, help="JSON lines; default in benchmarks/results")
@@ -259,7 +280,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.case:
         (labels,) = options.labels
-        serve(options.case, options.rows, labels, options.width)
+        serve(options.case, options.rows, labels, options.width, options.seconds > 0)
         return
 
     # Idle OpenMP threads would spin on the cores that the next implementation needs.
@@ -277,6 +298,8 @@ def main() -> None:
             file.writelines(json.dumps(result) + "\n" for result in own)
             results += own
     console.print(table_of(results))
+    for line in verdicts(results):
+        console.print(line)
     if options.only:
         for result in results:
             console.print({k: v for k, v in result.items() if k.startswith(("mib", "median"))})

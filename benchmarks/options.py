@@ -9,6 +9,10 @@ logits, with per-row options, computed by the kernel and by XLA. `temporary` is 
 allocates in addition to operands and results. The process uses the default memory settings ("fresh"
 in bench.py). If it kept its memory ("warm"), XLA would reuse memory only in programs that are a
 single call, and the unweighted call would be compared with calls that suffer page faults.
+
+If PyTorch is installed, focal and asymmetric loss are also compared with eager PyTorch, by the
+formulas of torchvision's sigmoid_focal_loss and timm's AsymmetricLossMultiLabel. The temporary
+memory of PyTorch is not measured.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from bench import _processor
 from records import now, versions
@@ -127,11 +132,50 @@ def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
     ]
 
 
+def torch_peers(logits: jax.Array, labels: jax.Array) -> dict[str, tuple[Callable[[], None], str]]:
+    """Calls of PyTorch, and the case that each is compared with."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    x = torch.from_numpy(np.array(logits)).requires_grad_()
+    y = torch.from_numpy(np.array(labels, np.float32))
+
+    def focal() -> torch.Tensor:
+        p = torch.sigmoid(x)
+        p_t = p * y + (1 - p) * (1 - y)
+        return binary_cross_entropy_with_logits(x, y, reduction="none") * (1 - p_t) ** 2
+
+    def asymmetric() -> torch.Tensor:
+        p = torch.sigmoid(x)
+        n = (1 - p + 0.05).clamp(max=1)
+        log_p_t = y * torch.log(p.clamp(min=1e-8)) + (1 - y) * torch.log(n.clamp(min=1e-8))
+        p_t = p * y + n * (1 - y)
+        return -log_p_t * torch.pow(1 - p_t, y + 4 * (1 - y))
+
+    def call(losses: Callable[[], torch.Tensor]) -> None:
+        x.grad = None
+        losses().mean().backward()
+
+    return {
+        "PyTorch: torchvision's focal loss": (partial(call, focal), "focal_loss"),
+        "PyTorch: timm's asymmetric loss": (partial(call, asymmetric), "asymmetric_loss"),
+    }
+
+
 def measure(
-    found: dict[str, Case], logits: jax.Array, labels: jax.Array, seconds: float
+    found: dict[str, Case],
+    others: dict[str, Callable[[], object]],
+    logits: jax.Array,
+    labels: jax.Array,
+    seconds: float,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds per call, one number per round, and bytes of temporary memory."""
-    calls, temporary = {}, {}
+    """Seconds per call, one number per round, and bytes of temporary memory of those found."""
+    calls, temporary = dict(others), {}
+    for call in others.values():
+        call()
     for name, (function, options, _) in found.items():
         compiled = jax.jit(jax.value_and_grad(function)).lower(logits, labels, **options).compile()
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
@@ -139,8 +183,8 @@ def measure(
             compiled(logits, labels, **options)
         )
         calls[name]()
-    times: dict[str, list[float]] = {name: [] for name in found}
-    names = list(found)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     end = time.perf_counter() + seconds
     while len(times[names[-1]]) < 7 or time.perf_counter() < end:
         names.append(names.pop(0))
@@ -184,13 +228,18 @@ def table_of(
         table.add_column(column, justify="left" if column in ("", "to") else "right")
     records = []
     for group in groups:
-        times, temporary = measure(group, logits, labels, seconds)
-        for name, (_, _, base) in group.items():
-            if base not in group:
+        others = torch_peers(logits, labels) if "asymmetric_loss" in group else {}
+        calls = {name: call for name, (call, _) in others.items()}
+        times, temporary = measure(group, calls, logits, labels, seconds)
+        bases = {name: base for name, (_, _, base) in group.items()}
+        bases |= {name: base for name, (_, base) in others.items()}
+        for name, base in bases.items():
+            if base not in times:
                 continue
             ratio = statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
             milliseconds = statistics.median(times[name]) * 1e3
-            table.add_row(name, f"{milliseconds:.1f}", f"{ratio:.2f}", base, f"{temporary[name]:,}")
+            memory = f"{temporary[name]:,}" if name in temporary else ""
+            table.add_row(name, f"{milliseconds:.1f}", f"{ratio:.2f}", base, memory)
             records.append(
                 {
                     "date": now(),
@@ -203,7 +252,7 @@ def table_of(
                     "median_ms": milliseconds,
                     "compared_with": base,
                     "ratio": ratio,
-                    "temporary_bytes": temporary[name],
+                    "temporary_bytes": temporary.get(name),
                 }
             )
     Console(width=110).print(table)

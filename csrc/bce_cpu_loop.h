@@ -64,7 +64,16 @@ struct Vector {
   static BCE_INLINE Bits to_bits(Float value) { return reinterpret_cast<Bits>(value); }
   static BCE_INLINE Float from_bits(Bits bits) { return reinterpret_cast<Float>(bits); }
 
+  // Whether a bit is set in any lane.
+  static BCE_INLINE bool any(Bits bits) {
+    uint64_t words[kVectorBytes / 8], all = 0;
+    std::memcpy(words, &bits, sizeof bits);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+  }
+
   static BCE_INLINE Float divide(Float a, Float b) { return a / b; }
+  static BCE_INLINE Float ratio(Float a, Float b) { return a / b; }
   static BCE_INLINE Float magnitude(Float value) { return from_bits(to_bits(value) << 1 >> 1); }
 
   template <class Mask>
@@ -315,6 +324,7 @@ struct Tile {
   const Scalar *logits, *labels;
   Scalar *loss, *gradient;
   bool smoothed;
+  bool narrow;  // whether the losses are narrow_elements()' without weights
   alignas(64) Scalar factors[kTile], smoothing[kTile];
   // Of a focal loss. alpha and clip are null if they are not given; without a gamma_pos, it is
   // gamma.
@@ -360,6 +370,31 @@ BCE_INLINE void sum_threads(const Tile<Scalar>& tile, double* threads) {
   }
 }
 
+// The same for results of narrow_elements() without weights, which are at most 8 x 44: a lane's sum
+// is in float32.
+BCE_INLINE void sum_narrow_threads(const Tile<float>& tile, double* threads) {
+  using V = Vector<float>;
+  typename V::Float sums[kSumLanes / V::kLanes] = {};
+  for (int i = 0; i < tile.size; i += kSumLanes) {
+    BCE_UNROLL
+    for (int v = 0; v < kSumLanes / V::kLanes; ++v)
+      sums[v] += V::load(tile.loss + i + v * V::kLanes);
+  }
+  float lanes[kSumLanes];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int t = 0; t < kTileThreads; ++t) {
+    const float* lane = lanes + t * kQuad;
+    threads[t] = (double{lane[0]} + lane[2]) + (double{lane[1]} + lane[3]);
+  }
+}
+
+template <class Scalar>
+BCE_INLINE void sum_tile(const Tile<Scalar>& tile, double* threads) {
+  if constexpr (sizeof(Scalar) == 4)
+    if (tile.narrow) return sum_narrow_threads(tile, threads);
+  sum_threads(tile, threads);
+}
+
 // Calls f with the index of every vector of the tile. In straight lines of several vectors, which
 // do not wait for each other, the compiler finds more to do at once.
 template <class V, class F>
@@ -375,36 +410,55 @@ struct Found {
   bool common, hard;
 };
 
+// Finds out, from one vector after the other.
+template <class V>
+class Search {
+ public:
+  BCE_INLINE void see(typename V::Float logit, typename V::Float label) {
+    // Magnitudes are in the order of their bits, with infinity and NaN at the end.
+    const Bits magnitude = V::to_bits(V::magnitude(logit));
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+    soft_ |= V::to_bits(V::fma(label, label, -label));
+  }
+
+  BCE_INLINE Found found(bool smoothed) const {
+    const Bits limit = V::to_bits(V::set(Format<typename V::Scalar>::kCommon));
+    return {!V::any(reinterpret_cast<Bits>(largest_ > limit)), !smoothed && !V::any(soft_)};
+  }
+
+ private:
+  using Bits = typename V::Bits;
+  Bits largest_ = {}, soft_ = {};
+};
+
+// value * turn, where turn is turn_of a label of 0 or 1: cheaper by its sign.
+template <class V>
+BCE_INLINE typename V::Float turned(typename V::Float value, typename V::Float turn) {
+  return V::from_bits(V::to_bits(value) ^ sign_of<V>(turn));
+}
+
 // The first step. If kCommon, it takes for granted that all logits are common.
 template <bool kCommon, bool kPrecise = false, class Scalar>
 BCE_INLINE Found exponentials(Tile<Scalar>& tile) {
   using V = Vector<Scalar>;
-  using Bits = typename V::Bits;
   const Scalar *logits = tile.logits, *labels = tile.labels;
-  Bits largest = {}, soft = {};
+  Search<V> search;
   for_each_vector<V>(tile.size, [&](int i) {
-    const auto logit = V::load(logits + i), label = V::load(labels + i);
+    const auto logit = V::load(logits + i);
     const Exponential<V> exponential = exp_of<V, kCommon, kPrecise>(logit);
     V::store(tile.e + i, exponential.e);
     V::store(tile.e_low + i, exponential.e_low);
     if constexpr (!kCommon) V::store(tile.e_scale + i, exponential.scale);
-    // Magnitudes are in the order of their bits, with infinity and NaN at the end.
-    const Bits magnitude = V::to_bits(V::magnitude(logit));
-    largest = magnitude > largest ? magnitude : largest;
-    soft |= V::to_bits(V::fma(label, label, -label));
+    search.see(logit, V::load(labels + i));
   });
-  const Bits limit = V::to_bits(V::set(Format<Scalar>::kCommon));
-  Found found = {true, !tile.smoothed};
-  for (int i = 0; i < V::kLanes; ++i) {
-    found.common &= largest[i] <= limit[i];
-    found.hard &= soft[i] == 0;
-  }
-  return found;
+  return search.found(tile.smoothed);
 }
 
-// What the modifiers of a tile come to: no element exists; nothing; a weight that is one number,
-// or that of a label; or anything.
-enum class Modified { kDropped, kNot, kExact, kAny };
+// What the modifiers of a tile come to: no element exists; nothing; some do not exist; a weight
+// that is one number, or that of a label; or anything.
+enum class Modified { kDropped, kNot, kMasked, kExact, kAny };
+template <Modified kModified>
+using Constant = std::integral_constant<Modified, kModified>;
 
 // The second step: the loss, the gradient, or both.
 template <bool kCommon, Modified kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
@@ -422,43 +476,90 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     if constexpr (kModified == Modified::kExact) {
       static_assert(kCommon);  // labels are 0 or 1
       const auto one = V::set(1);
-      // That of a mask: 0 or 1.
       weight.weight.high = V::load(tile.weight + i);
       weight.weight.high *= V::select(label == one, V::load(tile.pos_weight + i), one);
+    } else if constexpr (kModified == Modified::kMasked) {
+      weight.weight.high = V::load(tile.weight + i);
     } else if constexpr (kAny) {
       weight = weight_of<V>({V::load(tile.weight + i), V::load(tile.weight_low + i)},
                             V::load(tile.pos_weight + i), label, smoothing);
     }
     const Exponential<V> exponential = {V::load(tile.e + i), V::load(tile.e_low + i),
                                         V::load(tile.e_scale + i)};
-    const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type) {
+    const auto turn = turn_of<V>(label), z = turned<V>(logit, turn);  // if kCommon
+    const auto kept = [&](typename V::Float value) {
+      return V::select(weight.weight.high == V::set(0), V::set(0), value);
+    };
+    const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type, bool turns) {
       value = fast_two_sum(value.high, value.low);
-      // For bfloat16, with fewer digits than half of float32's, this would change nothing for
-      // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
-      if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
-      if constexpr (kModified != Modified::kNot)
+      // bfloat16 has fewer digits than half of float32's, and needs no rounding to odd.
+      // Common elements without two weights take narrow_elements().
+      if constexpr (!kCommon || kAny)
+        if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
+      if constexpr (kModified == Modified::kMasked)
+        value.high = kept(value.high);
+      else if constexpr (kModified != Modified::kNot)
         value.high = weighted<V, kCommon>({value.high, V::set(0)}, weight.weight.high).high;
-      V::store(to + i, value.high * factor);
+      value.high *= factor;
+      V::store(to + i, turns ? turned<V>(value.high, turn) : value.high);
     };
     if constexpr (kLoss) {
-      auto value =
-          loss_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight);
+      auto value = [&] {
+        if constexpr (kCommon)
+          return turned_loss_of<V>(z, exponential);
+        else
+          return loss_of<V, false, kAny>(logit, label, smoothing, exponential, weight.pos_weight);
+      }();
       if constexpr (kReduce) {
-        if constexpr (kModified == Modified::kExact)
+        if constexpr (kModified == Modified::kMasked)
+          value = {kept(value.high), kept(value.low)};
+        else if constexpr (kModified == Modified::kExact)
           value = weighted<V, true>(value, weight.weight.high);
         else if constexpr (kAny)
           value = weighted<V, kCommon>(value, weight.weight);
         V::store(loss + i, value.high);
         V::store(tile.loss_low + i, value.low);
       } else {
-        write(loss, value, loss_type);
+        write(loss, value, loss_type, false);
       }
     }
-    if constexpr (kGradient)
+    if constexpr (kGradient && kCommon)
+      write(gradient, turned_gradient_of<V>(z, exponential), gradient_type, true);
+    else if constexpr (kGradient)
       write(gradient,
-            gradient_of<V, kCommon, kAny>(logit, label, smoothing, exponential, weight.pos_weight),
-            gradient_type);
+            gradient_of<V, false, kAny>(logit, label, smoothing, exponential, weight.pos_weight),
+            gradient_type, false);
   });
+}
+
+// Both steps for 16-bit logits: without pairs, they are short. Takes for granted that all elements
+// are common.
+template <Modified kModified, bool kReduce, bool kLoss, bool kGradient>
+BCE_INLINE Found narrow_elements(const Tile<float>& tile, float* loss, float* gradient) {
+  using V = Vector<float>;
+  Search<V> search;
+  for_each_vector<V>(tile.size, [&](int i) {
+    const auto logit = V::load(tile.logits + i), label = V::load(tile.labels + i);
+    search.see(logit, label);
+    const auto e = short_exp_of<V>(logit);
+    const auto turn = turn_of<V>(label), z = turned<V>(logit, turn);
+    const auto factor = V::load(tile.factors + i);
+    const auto weighted = [&](V::Float value) {
+      if constexpr (kModified != Modified::kNot) value *= V::load(tile.weight + i);
+      if constexpr (kModified == Modified::kExact)
+        value *= V::select(label == V::set(1), V::load(tile.pos_weight + i), V::set(1));
+      return value;
+    };
+    if constexpr (kLoss) {
+      const auto value = weighted(V::fma(V::set(2), half_log1p_of<V>(e), V::max(z, V::set(0))));
+      V::store(loss + i, kReduce ? value : value * factor);
+    }
+    if constexpr (kGradient) {
+      const auto value = weighted(hard_gradient_of<V>(z, e, V::set(1) + e));
+      V::store(gradient + i, turned<V>(value * factor, turn));
+    }
+  });
+  return search.found(tile.smoothed);
 }
 
 // The second step of a focal loss, which is longer and therefore several, for all kinds of results.
@@ -604,7 +705,7 @@ class Inputs {
     if (!same_row) locate(span);
     if (!loaded_ || (!one_for_all_ && !(same_row && one_for_row_))) load_factors(span);
     located_ = span;
-    masked_ = false;
+    masked_ = tile_.narrow = false;
   }
 
   void locate(const Span& span) {
@@ -759,6 +860,8 @@ class Inputs {
       begin_mask();
       for (int i = 0; i < filled; ++i) keep_[i] = power_[i] == 0 ? 0 : keep_[i];
     }
+    const bool other_than_mask = given(kWeight) || given(kSampleWeight) || given(kPosWeight);
+    if (sizeof(Scalar) == 4 && !other_than_mask && !powers_ && !problem_.total) return mask(span);
     const bool two_weights = given(kWeight) && given(kSampleWeight);
     const bool weighs = given(kWeight) || given(kSampleWeight) || powers_;
     // Each element's weight is one number, or a product with pos_weight where that is 1 or the
@@ -796,8 +899,7 @@ class Inputs {
       for_each_vector<V>(tile_.size, [&](int i) {
         counts += V::select(V::load(keep_ + i) != V::set(0), V::set(1), V::set(0));
       });
-      count = 0;
-      for (int i = 0; i < V::kLanes; ++i) count += static_cast<int>(counts[i]);
+      count = count_of(counts);
     }
     if (count == filled) masked_ = false;
     if (!masked_) return weighs || given(kPosWeight) ? kept : Modified::kNot;
@@ -820,6 +922,36 @@ class Inputs {
     tile_.labels = labels_;
     if (given(kPosWeight)) tile_.pos_weight = pos_weight_;
     return kept;
+  }
+
+  // modify() where elements only exist or do not.
+  Modified mask(const Span& span) {
+    using V = Vector<Scalar>;
+    if (!masked_) return Modified::kNot;
+    const int filled = span.size();
+    for (int i = filled; i < tile_.size; ++i) keep_[i] = 0;
+    typename V::Float counts = {};
+    for_each_vector<V>(tile_.size, [&](int i) {
+      const auto keep = V::load(keep_ + i), zero = V::set(0);
+      const auto dropped = keep == zero;
+      counts += keep;
+      V::store(tile_.weight + i, keep);
+      V::store(logits_ + i, V::select(dropped, zero, V::load(tile_.logits + i)));
+      V::store(labels_ + i, V::select(dropped, zero, V::load(tile_.labels + i)));
+    });
+    const int count = count_of(counts);
+    if (count == filled) masked_ = false;
+    if (!masked_) return Modified::kNot;
+    tile_.logits = logits_;
+    tile_.labels = labels_;
+    tile_.pos_weight = ones<Scalar>();
+    return count == 0 ? Modified::kDropped : Modified::kMasked;
+  }
+
+  static int count_of(typename Vector<Scalar>::Float ones) {
+    int count = 0;
+    for (int i = 0; i < Vector<Scalar>::kLanes; ++i) count += static_cast<int>(ones[i]);
+    return count;
   }
 
   // Loads the numbers of a focal loss for a tile. One number is loaded only once.
@@ -902,7 +1034,12 @@ class Inputs {
 template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
 class Evaluation : Inputs<Scalar> {
  public:
-  explicit Evaluation(const Problem& problem) : Inputs<Scalar>(problem) {}
+  explicit Evaluation(const Problem& problem) : Inputs<Scalar>(problem) {
+    const auto has_16_bits = [](Type type) { return type == Type::kF16 || type == Type::kBF16; };
+    narrow_ = has_16_bits(problem.logits.type) &&
+              (!kLoss || kReduce || has_16_bits(problem.loss.type)) &&
+              (!kGradient || has_16_bits(problem.gradient.type));
+  }
 
   // Its losses, if they are to be added up, are in the tile that is returned, up to the next
   // multiple of kSumLanes.
@@ -975,15 +1112,8 @@ class Evaluation : Inputs<Scalar> {
       drop();
     } else if (problem_.is_focal()) {
       evaluate_focal(span, modified);
-    } else if (is_common()) {
-      if (modified == Modified::kNot) compute<true, Modified::kNot>();
-      if (modified == Modified::kExact) compute<true, Modified::kExact>();
-      if (modified == Modified::kAny) compute<true, Modified::kAny>();
     } else {
-      if (modified == Modified::kExact)  // of which all weights are exact
-        for (Scalar& low : tile_.weight_low) low = 0;
-      modified == Modified::kNot ? compute<false, Modified::kNot>()
-                                 : compute<false, Modified::kAny>();
+      evaluate_plain(modified);
     }
     // A factor that is not a number, or negative, would show where an element does not exist.
     if (masked_ && !tame_) {
@@ -993,6 +1123,74 @@ class Evaluation : Inputs<Scalar> {
         if constexpr (kGradient) tile_.gradient[i] = 0;
       }
     }
+  }
+
+  BCE_INLINE void evaluate_plain(Modified modified) {
+    if constexpr (sizeof(Scalar) == 4) {
+      if (narrow_ && modified != Modified::kAny) return evaluate_narrow(modified);
+    }
+    evaluate_pairs(modified);
+  }
+
+  BCE_INLINE void evaluate_pairs(Modified modified) {
+    has_low_ = true;
+    if (is_common()) {
+      if (modified == Modified::kNot) compute<true, Modified::kNot>();
+      if constexpr (sizeof(Scalar) == 4)
+        if (modified == Modified::kMasked) compute<true, Modified::kMasked>();
+      if (modified == Modified::kExact) compute<true, Modified::kExact>();
+      if (modified == Modified::kAny) compute<true, Modified::kAny>();
+    } else {
+      if (modified != Modified::kAny)  // all weights are exact
+        for (Scalar& low : tile_.weight_low) low = 0;
+      modified == Modified::kNot ? compute<false, Modified::kNot>()
+                                 : compute<false, Modified::kAny>();
+    }
+  }
+
+  BCE_INLINE void evaluate_narrow(Modified modified) {
+    if (!all_others_ && !tile_.smoothed) {
+      const Found found = narrow(modified, tile_.loss, tile_.gradient);
+      if (found.common && found.hard) {
+        if (kReduce && has_low_) std::memset(tile_.loss_low, 0, sizeof tile_.loss_low);
+        has_low_ = false;
+        tile_.narrow = modified != Modified::kExact;
+        return;
+      }
+    }
+    evaluate_mixed(modified);
+  }
+
+  // The common elements of a tile that has others, too, get the results that they get elsewhere.
+  [[gnu::noinline]] void evaluate_mixed(Modified modified) {
+    constexpr Scalar kLimit = Format<Scalar>::kCommon;
+    bool common[kTile];
+    all_others_ = true;
+    for (int i = 0; i < tile_.size; ++i) {
+      const Scalar logit = tile_.logits[i], label = tile_.labels[i];
+      common[i] = logit >= -kLimit && logit <= kLimit && (label == 0 || label == 1) &&
+                  tile_.smoothing[i] == 0;
+      all_others_ &= !common[i];
+    }
+    evaluate_pairs(modified);
+    if (all_others_) return;
+    alignas(64) Scalar loss[kTile], gradient[kTile];
+    narrow(modified, loss, gradient);
+    for (int i = 0; i < tile_.size; ++i) {
+      if (!common[i]) continue;
+      if constexpr (kLoss) tile_.loss[i] = loss[i];
+      if constexpr (kReduce) tile_.loss_low[i] = 0;
+      if constexpr (kGradient) tile_.gradient[i] = gradient[i];
+    }
+  }
+
+  BCE_INLINE Found narrow(Modified modified, Scalar* loss, Scalar* gradient) const {
+    const auto evaluate = [&](auto modified) {
+      return narrow_elements<modified, kReduce, kLoss, kGradient>(tile_, loss, gradient);
+    };
+    return modified == Modified::kNot      ? evaluate(Constant<Modified::kNot>())
+           : modified == Modified::kMasked ? evaluate(Constant<Modified::kMasked>())
+                                           : evaluate(Constant<Modified::kExact>());
   }
 
   // The first step. Returns whether the elements are such that kCommon allows in the second.
@@ -1009,7 +1207,7 @@ class Evaluation : Inputs<Scalar> {
 
   void evaluate_focal(const Span& span, Modified modified) {
     focus(span);
-    if (modified == Modified::kExact)  // of which all weights are exact
+    if (modified != Modified::kAny)  // all weights are exact
       for (Scalar& low : tile_.weight_low) low = 0;
     const bool weighs = modified != Modified::kNot;
     const bool common = tile_.clip ? is_common<true>() : is_common();
@@ -1043,6 +1241,9 @@ class Evaluation : Inputs<Scalar> {
     }
   }
 
+  bool narrow_;              // whether common elements need no pairs: all is rounded to 16 bits
+  bool all_others_ = false;  // whether the last tile had no such elements
+  bool has_low_ = true;      // whether the tile's loss_low may be other than 0
   alignas(64) Scalar loss_[kTile], gradient_[kTile];
 };
 
@@ -1088,7 +1289,7 @@ double block(const Problem& problem, Evaluation<Scalar, kReduce, kLoss, kGradien
     constexpr bool kApart = sizeof(Scalar) == 8;  // float64 is rare
     const Tile<Scalar>& tile = kApart ? evaluation.evaluate_apart(span) : evaluation.evaluate(span);
     if constexpr (kReduce) {
-      sum_threads(tile, threads + done % kGroup / kTile * kTileThreads);
+      sum_tile(tile, threads + done % kGroup / kTile * kTileThreads);
       if ((done + kTile) % kGroup == 0 || done + kTile >= size) {
         sum += fold(threads);
         for (double& thread : threads) thread = 0;

@@ -658,7 +658,10 @@ class Loop {
     if (kGradient && (kDirect || with_gradient())) {
       Scalar values[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = hard_gradient_of<L>(z[c], narrow[c].e, divisor_);
+      for (int c = 0; c < kQuad; ++c) {
+        const Scalar e = narrow[c].e;
+        values[c] = hard_gradient_of<L>(z[c], e, L::fma(e, divisor_, divisor_));
+      }
       if (kDirect || plan_.gradient.type == kTypeOf<Logit>) {
         Quad<Logit> quad = pairs_of(values);
         quad.vectors[0].x ^= signs[0];

@@ -44,6 +44,8 @@ struct Lane {
     return BCE_RECIPROCAL_ON_HOST(b);
   }
 
+  static BCE_INLINE T ratio(T a, T b) { return a * reciprocal(b); }
+
   // 2^b. In float32 within two ulp, and 0 where the result would be subnormal.
   static BCE_INLINE T exp2(T b) {
 #ifdef __CUDA_ARCH__

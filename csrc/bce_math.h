@@ -23,7 +23,7 @@
 //                               weight, sample_weight and pos_weight that an element has, if the
 //                               result without them is a normal number
 //     float32 sums              <= 2^-23, relative, of elements of one sign, also weighted and
-//                               masked; on a GPU, of 16-bit logits, <= 2^-21
+//                               masked; of 16-bit logits <= 2^-21
 //     infinities, NaN, tails    the limit; NaN; gradual underflow
 // Labels are first rounded to the arithmetic's type: with float32 logits, a float64 label is
 // rounded to float32 before 1 - y is computed.
@@ -35,7 +35,8 @@
 //
 // A Lanes class defines Scalar (float or double), Float (its lanes) and Bits (unsigned, of the same
 // width), and has set, fma, divide, select, min and max (of numbers), magnitude, to_bits and
-// from_bits; for narrow_of also reciprocal and exp2, which may be approximations.
+// from_bits; for what is rounded to 16 bits also ratio and, on a GPU, exp2, which may be
+// approximations.
 #pragma once
 
 #ifdef __CUDACC__
@@ -92,12 +93,18 @@ struct Format<float> {
                              0x1.e1216p-4f);
   }
 
-  // The same to 2^-26, for narrow_of.
+  // The same for what is rounded to 16 bits: to 2^-23 of exp(r), and to 2^-26 of artanh(w). The last
+  // digits were chosen so that all bfloat16 results are rounded as if once.
+  template <class Lanes>
+  static BCE_INLINE typename Lanes::Float short_exp_tail(typename Lanes::Float r) {
+    return polynomial<Lanes>(r, 0x1.fffdfep-2f, 0x1.5557bp-3f, 0x1.572bdap-5f, 0x1.106a1ep-7f);
+  }
+
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float short_artanh_tail(typename Lanes::Float w2) {
-    const auto tail = Lanes::fma(w2, Lanes::set(0x1.134bc6p-3f), Lanes::set(0x1.211636p-3f));
-    return Lanes::fma(w2, Lanes::fma(w2, tail, Lanes::set(0x1.99ae06p-3f)),
-                      Lanes::set(0x1.55554cp-2f));
+    const auto tail = Lanes::fma(w2, Lanes::set(0x1.1357c6p-3f), Lanes::set(0x1.2115b6p-3f));
+    return Lanes::fma(w2, Lanes::fma(w2, tail, Lanes::set(0x1.99adf6p-3f)),
+                      Lanes::set(0x1.555554p-2f));
   }
 };
 
@@ -503,8 +510,31 @@ BCE_INLINE Pair<typename Lanes::Float> weighted(Pair<typename Lanes::Float> valu
   return finite_low<Lanes>(product_of<Lanes>(value, weight));
 }
 
-// A 16-bit logit x for which `is_narrow` takes a third of the operations, on a GPU only: what is
-// rounded to 16 bits needs no pair.
+// What is rounded to 16 bits needs no pair, and takes half of the operations or fewer.
+
+// exp(-|x|) of a common logit, to 2^-22, as in exp_of.
+template <class Lanes>
+BCE_INLINE typename Lanes::Float short_exp_of(typename Lanes::Float logit) {
+  using Float = typename Lanes::Float;
+  using F = Format<float>;
+  const Float a = Lanes::magnitude(logit), round = Lanes::set(F::kRound + F::kExponentBias);
+  const Float biased = Lanes::fma(a, Lanes::set(-1.4426950408889634f), round);
+  const Float r = Lanes::fma(biased - round, Lanes::set(-0x1.62e43p-1f), -a);
+  const Float s = Lanes::fma(r * r, F::short_exp_tail<Lanes>(r), r);
+  const Float power = Lanes::from_bits(Lanes::to_bits(biased) << F::kMantissaBits);
+  return Lanes::fma(s, power, power);
+}
+
+// log1p(e) / 2, as in log1p_of.
+template <class Lanes>
+BCE_INLINE typename Lanes::Float half_log1p_of(typename Lanes::Float e) {
+  using Float = typename Lanes::Float;
+  const Float w = Lanes::ratio(e, Lanes::set(2) + e), w2 = w * w;
+  const Float tail = Format<float>::short_artanh_tail<Lanes>(w2);
+  return Lanes::fma(w * w2, tail, w);
+}
+
+// Of a 16-bit logit x for which `is_narrow`, on a GPU.
 template <class Lanes>
 struct Narrow {
   typename Lanes::Float e, half_log1p;  // e = exp(-|x|)
@@ -530,20 +560,16 @@ BCE_INLINE Narrow<Lanes> narrow_of(typename Lanes::Float logit) {
     rest = Lanes::fma(Lanes::fma(a, Lanes::set(-kHigh), -power), Lanes::set(kLn2), rest);
   const Float approximate = Lanes::exp2(power), e = Lanes::fma(approximate, rest, approximate);
 
-  // As in loss_of.
-  const Float w = e * Lanes::reciprocal(Lanes::set(2) + e), w2 = w * w;
-  const Float tail = Format<float>::short_artanh_tail<Lanes>(w2);
-  return {e, Lanes::fma(w * w2, tail, w)};
+  return {e, half_log1p_of<Lanes>(e)};
 }
 
-// gradient / divisor, to a relative 2^-21, for a label of 0. For a label of 1, the caller flips the
-// signs of the logit before and of the gradient after.
+// gradient / divisor, to a relative 2^-21, for a label of 0; the denominator is (1 + e) * divisor.
+// For a label of 1, the caller flips the signs of the logit before and of the gradient after.
 template <class Lanes>
 BCE_INLINE typename Lanes::Float hard_gradient_of(typename Lanes::Float logit,
                                                   typename Lanes::Float e,
-                                                  typename Lanes::Float divisor) {
-  const auto numerator = Lanes::select(logit >= Lanes::set(0), Lanes::set(1), e);
-  return numerator * Lanes::reciprocal(Lanes::fma(e, divisor, divisor));
+                                                  typename Lanes::Float denominator) {
+  return Lanes::ratio(Lanes::select(logit >= Lanes::set(0), Lanes::set(1), e), denominator);
 }
 
 // For a label from 0 to 1: c, and gradient / divisor, to 2^-21 of the larger of its two terms.
@@ -558,8 +584,8 @@ BCE_INLINE typename Lanes::Float soft_gradient_of(typename Lanes::Float logit,
                                                   typename Lanes::Float c, typename Lanes::Float e,
                                                   typename Lanes::Float divisor) {
   const auto numerator = Lanes::fma(c - Lanes::set(1), e, c);
-  return Lanes::select(logit >= Lanes::set(0), numerator, -numerator) *
-         Lanes::reciprocal(Lanes::fma(e, divisor, divisor));
+  return Lanes::ratio(Lanes::select(logit >= Lanes::set(0), numerator, -numerator),
+                      Lanes::fma(e, divisor, divisor));
 }
 
 }  // namespace jax_bce

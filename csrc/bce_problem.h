@@ -17,8 +17,8 @@ namespace jax_bce {
 //   - The blocks of a row are added up by 256 threads: thread t takes t, t + 256, t + 512, ... in
 //     this order. Each 32 threads are folded by halves, and the 8 sums are added in order.
 // All sums are in float64, except that a lane first adds the low parts of its losses, which are
-// pairs, in the arithmetic's type: they are small enough. (For 16-bit logits a GPU uses different
-// arithmetic, and a thread adds up some elements in float32 first.)
+// pairs, in the arithmetic's type: they are small enough. For 16-bit logits, whose losses are not
+// pairs, a lane first adds up some elements in float32. (A GPU does so in another order, too.)
 constexpr int kQuad = 4, kFold = 32, kGroup = 1024, kGroupsInBlock = 8;
 constexpr int64_t kBlock = kGroupsInBlock * kGroup;
 

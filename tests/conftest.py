@@ -198,13 +198,17 @@ class Check:
         actual: ArrayLike,
         exact: ArrayLike,
         what: str = "reduced loss",
+        *,
+        logits: np.dtype = oracle.FLOAT32,
     ) -> None:
-        """Losses that add up elements, at the relative tolerance of a sum."""
+        """Losses that add up elements of this dtype, at the relative tolerance of a sum."""
         __tracebackhide__ = True
         actual, exact = np.asarray(actual), np.asarray(exact)
         assert actual.shape == exact.shape
         tolerance = oracle.TOLERANCE[implementation]
-        bound = tolerance.sum_float64 if actual.dtype == np.float64 else tolerance.sum
+        bound = tolerance.sum_16_bit if logits.itemsize == 2 else tolerance.sum
+        if actual.dtype == np.float64:
+            bound = tolerance.sum_float64
         worst = oracle.relative_error(actual, exact).max(initial=0.0)
         name = (
             f"{what}, {implementation}, {actual.dtype} [relative, allowed 2^{np.log2(bound):.3g}]"

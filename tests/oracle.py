@@ -45,7 +45,8 @@ class Tolerance:
 
     elements: dict[tuple[str, str], Ulp]
     factor: float  # more ulp of the arithmetic's type, for each weight, sample_weight, pos_weight
-    sum: float  # relative, of a loss that adds up float32 or 16-bit elements
+    sum: float  # relative, of a loss that adds up float32 elements
+    sum_16_bit: float  # the same for 16-bit logits
     sum_float64: float  # relative, for up to 4096 elements
     flushes: bool  # a result below the arithmetic's smallest normal number may be 0
 
@@ -64,6 +65,7 @@ _CONTRACT = Tolerance(
     },
     factor=1,
     sum=2**-23,
+    sum_16_bit=2**-21,
     sum_float64=2**-40,
     flushes=False,
 )
@@ -82,6 +84,7 @@ _XLA = Tolerance(
     },
     factor=1,
     sum=2**-16,
+    sum_16_bit=2**-16,
     sum_float64=2**-40,
     flushes=True,
 )

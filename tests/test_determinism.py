@@ -242,7 +242,19 @@ def test_sum_of_soft_labels(check, implementation: str, dtype: np.dtype, label: 
     logits = oracle.random_logits(dtype, 100_003, seed=7)
     labels = np.full_like(logits, label)
     loss = jax_bce.loss(logits, labels, implementation=implementation)
-    check.reduced(implementation, loss, oracle.exact(logits, labels).loss.mean())
+    check.reduced(implementation, loss, oracle.exact(logits, labels).loss.mean(), logits=dtype)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_sum_of_equal_16_bit_logits(check, platform: str, dtype: np.dtype, label: int) -> None:
+    """Their errors, and those of their sums, add up."""
+    logits = oracle.every_16_bit(dtype)
+    logits = logits[np.abs(logits.astype(FLOAT32)) <= 80]
+    exact = oracle.exact(logits, label).loss
+    rows = np.broadcast_to(logits[:, None], (logits.size, 300))
+    loss = jax_bce.loss(rows, label, axis=-1, implementation=platform)
+    check.reduced(platform, loss, exact, "equal logits", logits=dtype)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT64], ids=str, indirect=True)

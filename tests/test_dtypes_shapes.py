@@ -61,7 +61,7 @@ def check_result(check, implementation: str, logits, labels, results, reduction:
         # The mean of no elements is 0: it has some denominator.
         count = max(1, logits.size // max(1, total.size)) if reduction == "mean" else 1
         factor = 1 / count
-        check.reduced(implementation, loss, total * factor)
+        check.reduced(implementation, loss, total * factor, logits=logits.dtype)
     assert gradient.dtype == logits.dtype
     check.elements(implementation, logits, labels, gradient=gradient, factor=factor)
 

@@ -188,19 +188,20 @@ def test_many_labels(cpu: str, tmp_path: Path) -> None:
 def test_benchmark_of_linear_layers(cpu: str, tmp_path: Path) -> None:
     small = ("--labels", "60", "--rows", "8", "--width", "4", "--seconds", "0")
     options = (*small, "--output", "records.jsonl")
-    run("benchmarks/linear.py", *options, folder=tmp_path, platform=cpu)
+    output = run("benchmarks/linear.py", *options, folder=tmp_path, platform=cpu)
+    assert re.search(r"60 labels: \S+ times as long as the dense loss, at most 1.15: ", output)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     names = {record["implementation"] for record in records}
     assert {"linear_loss", "dense, jax_bce", "dense, optax", "chunks, optax"} <= names
     for record in records:
         assert record["median_seconds"] > 0
-        assert record["rounds"] >= 3
+        assert record["rounds"] >= 1
 
 
 @pytest.mark.thorough
 def test_a_layer_whose_logits_would_take_four_gib(cpu: str, tmp_path: Path) -> None:
-    """4,096 x 262,144 logits; of the 1.5 GiB, half a GiB is the weight and its gradient."""
-    sizes = ("--rows", "4096", "--labels", "262144", "--width", "256", "--seconds", "0")
+    """4,096 x 262,144 logits, whose memory does not depend on the width, but the time does."""
+    sizes = ("--rows", "4096", "--labels", "262144", "--width", "32", "--seconds", "0")
     options = ("--only", "linear_loss", *sizes, "--output", "records.jsonl")
     run("benchmarks/linear.py", *options, folder=tmp_path, platform=cpu)
     (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())

@@ -14,12 +14,14 @@ from typing import Any
 
 import gpu_compiler
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from hlo import collectives, kernel_calls
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from platforms import QUICKLY
 
 import jax_bce
 
@@ -39,7 +41,6 @@ MOVING = ("features", "weight", "bias", "scale")
 
 every_way = pytest.mark.parametrize("sharded", SHARDED)
 both_walks = pytest.mark.parametrize("sizes", SIZES)
-both_labels = pytest.mark.parametrize("indices", [False, True], ids=["labels", "indices"])
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
@@ -111,10 +112,11 @@ REDUCTIONS = {"mean": {}, "weighted mean": {"reduction": "weighted_mean"}, "rows
 
 
 @cache
-def on_one_device(sizes: str, indices: bool, reduction: str) -> Any:
+def on_one_device(sizes: str, indices: bool, reduction: str, without: str = "") -> Any:
     function = with_gradients(loss, REDUCTIONS[reduction])
+    arrays = {name: a for name, a in inputs(sizes, indices).items() if name != without}
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), "one")):
-        return jax.tree.map(np.asarray, jax.jit(function)(inputs(sizes, indices)))
+        return jax.tree.map(np.asarray, jax.jit(function)(arrays))
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -139,16 +141,18 @@ def assert_sends_only_gradients(program: jax.stages.Compiled, explicit: bool) ->
         assert len(sent) == len(set(sent)) <= 2
 
 
-@both_labels
 @both_walks
 @every_way
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("reduction", "indices"),
+    [("mean", False), ("mean", True), ("weighted mean", False), ("rows", True)],
+)
 def test_by_jit(mesh: Mesh, reduction: str, sharded: str, sizes: str, indices: bool) -> None:
     arrays = inputs(sizes, indices)
     specs = specs_of(*SHARDED[sharded], arrays)
     spread = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in arrays.items()}
     function = with_gradients(loss, REDUCTIONS[reduction])
-    program = jax.jit(function).lower(spread).compile()
+    program = jax.jit(function).lower(spread).compile(QUICKLY)
     found = program(spread)
     assert_close(found, on_one_device(sizes, indices, reduction))
     for name in ("features", "weight"):
@@ -179,6 +183,17 @@ def test_one_all_reduce_for_each_gradient(cpu: str, sharded: str, sizes: str) ->
     if labels:
         wanted += [f"{of_rows // (4 if rows else 1)},{WIDTH}"]
     assert sorted(sent) == sorted(wanted)
+
+
+def test_an_explicit_mesh_that_is_not_set(cpu: str) -> None:
+    """The arguments alone say which mesh it is."""
+    mesh = mesh_of(AxisType.Explicit)
+    arrays = inputs("labels", True)
+    specs = specs_of("data", "model", arrays)
+    spread = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in arrays.items()}
+    assert_close(jax.jit(with_gradients(loss, {}))(spread), on_one_device("labels", True, "mean"))
+    found = jax.jit(gradients_of(siglip))(*spread_pairs(mesh, ALONG["both"]))
+    assert_close(found, of_pairs("gradients"))
 
 
 @both_walks
@@ -224,9 +239,8 @@ def test_in_a_shard_map(checked: bool, cpu: str, reduction: str, sharded: str, s
         out_specs=P(rows) if reduction == "rows" else P(),
         check_vma=checked,
     )
-    program = jax.jit(with_gradients(function, {})).lower(arrays).compile()
-    wanted = jax.jit(with_gradients(loss, REDUCTIONS[reduction]))(arrays)
-    assert_close(program(arrays), wanted)
+    program = jax.jit(with_gradients(function, {})).lower(arrays).compile(QUICKLY)
+    assert_close(program(arrays), on_one_device(sizes, True, reduction, "sample_weight"))
     assert_sends_only_gradients(program, explicit=False)
 
 
@@ -461,14 +475,39 @@ X = np.ones((4, 3), np.float32)
         ((X, X, X[0], 0), ValueError, ("scale must be one number", "(3,)")),
         ((X, X, 1, X[0]), ValueError, ("bias must be one number", "(3,)")),
         ((X, X.astype(int), 1, 0), TypeError, ("texts", "float32")),
+        ((X, X, 1, 0, {"axis_name": [["data"]]}), TypeError, ("axis_name", "[['data']]")),
     ],
     ids=lambda value: None,
 )
 def test_siglip_errors(arguments: tuple, error: type, words: tuple[str, ...]) -> None:
+    operands, keywords = arguments[:4], dict(*arguments[4:])
     with pytest.raises(error, match=re.escape(words[0])) as caught:
-        jax_bce.siglip_loss(*arguments)
+        jax_bce.siglip_loss(*operands, **keywords)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_siglip_of_unknown_sizes() -> None:
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 3"), "float32")
+    loss = jax.jit(lambda images: jax_bce.siglip_loss(images, images, 1, 0))
+    with pytest.raises(ValueError, match=r"siglip_loss needs known sizes, got \(n, 3\)"):
+        jax.export.export(loss)(symbolic)
+
+
+def test_siglip_of_no_pairs(cpu: str) -> None:
+    none = np.zeros((0, 3), np.float32)
+    spec = ALONG["both"]
+    in_a_ring = jax.shard_map(
+        partial(siglip, axis_name=spec[0]),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(spec, spec, P(), P()),
+        out_specs=P(),
+    )
+    for function in (siglip, in_a_ring):
+        loss, gradients = gradients_of(function)(none, none, 1.0, 0.0)
+        assert loss == 0
+        assert [np.shape(gradient) for gradient in gradients] == [(0, 3), (0, 3), (), ()]
+        assert not any(np.any(gradient) for gradient in gradients)
 
 
 def test_siglip_names_an_implementation() -> None:

@@ -170,7 +170,7 @@ def test_other_dtypes(check, implementation: str, logits: np.dtype, seed: int) -
             implementation=implementation,
         )
         assert actual.dtype == (FLOAT64 if logits == FLOAT64 else FLOAT32)
-        check.reduced(implementation, actual, sums, "weighted loss")
+        check.reduced(implementation, actual, sums, "weighted loss", logits=logits)
 
 
 DROPPED = [

@@ -7,6 +7,7 @@ Compiled for a CPU that seems to be eight devices. Of the body of a loop only ca
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,17 +74,33 @@ def shards(x, y):
     return jax.lax.pmean(value, ("data", "model")), gradient
 
 
+def layer(x, w):
+    """Its logits have the shape of the others, and are several blocks on each device."""
+    return jax_bce.linear_loss(x, w, 1, block_bytes=2**18)
+
+
+def pairs(x, t):
+    return jax_bce.siglip_loss(x, t, 10.0, -10.0, block_bytes=2**18)
+
+
 @dataclass(frozen=True)
 class Mode:
+    """A function of logits and labels; of features and weight; or of images and texts."""
+
     function: Callable
     logits: tuple[int, ...] = SHAPE
     labels: tuple[int, ...] = SHAPE
     dtypes: tuple[str, str] = ("float32", "float32")
-    spread: PartitionSpec | None = None  # over four by two devices
+    spread: PartitionSpec | tuple[PartitionSpec, ...] | None = None  # over four by two devices
+    axes: AxisType = AxisType.Auto
     manual: bool = False  # in a shard_map
 
 
 HALF = ("bfloat16", "uint8")
+LAYER = (value_and_grad(layer, (0, 1)), (1024, 64), (64, 1024))
+PAIRS = (value_and_grad(pairs, (0, 1)), (1024, 64), (1024, 64))
+ROWS_AND_LABELS = (P("data"), P(None, "model"))
+IN_ROWS = (P(("data", "model")),) * 2
 MODES = {
     "loss": Mode(loss),
     'loss, reduction="none"': Mode(elementwise),
@@ -127,6 +144,14 @@ MODES = {
         forward_over_reverse, spread=P("data", "model")
     ),
     "shard_map, rows and columns": Mode(shards, spread=P("data", "model"), manual=True),
+    "linear_loss": Mode(*LAYER),
+    "linear_loss, rows and labels, automatic axes": Mode(*LAYER, spread=ROWS_AND_LABELS),
+    "linear_loss, rows and labels, explicit axes": Mode(
+        *LAYER, spread=ROWS_AND_LABELS, axes=AxisType.Explicit
+    ),
+    "siglip_loss": Mode(*PAIRS),
+    "siglip_loss, rows, automatic axes": Mode(*PAIRS, spread=IN_ROWS),
+    "siglip_loss, rows, explicit axes": Mode(*PAIRS, spread=IN_ROWS, axes=AxisType.Explicit),
     'value_and_grad, implementation="xla"': Mode(value_and_grad(xla)),
     "value_and_grad of optax": Mode(value_and_grad(optax_mean)),
     "optax, rows and columns": Mode(value_and_grad(optax_mean), spread=P("data", "model")),
@@ -146,10 +171,12 @@ class Cost:
 
 def compile_for(mode: Mode) -> jax.stages.Compiled:
     devices = jax.devices("cpu")
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=devices)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (mode.axes,) * 2, devices=devices)
     function, shapes = mode.function, (mode.logits, mode.labels)
-    # What vmap does not map, every device has.
-    specs = [mode.spread if len(shape) == len(SHAPE) else P() for shape in shapes]
+    specs = mode.spread
+    if specs is None or isinstance(specs, PartitionSpec):
+        # What vmap does not map, every device has.
+        specs = [specs if len(shape) == len(SHAPE) else P() for shape in shapes]
     shardings = [mode.spread and NamedSharding(mesh, spec) for spec in specs]
     if mode.manual:
         places = {"in_specs": mode.spread, "out_specs": (P(), mode.spread)}
@@ -158,7 +185,8 @@ def compile_for(mode: Mode) -> jax.stages.Compiled:
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for shape, dtype, sharding in zip(shapes, mode.dtypes, shardings, strict=True)
     ]
-    return jax.jit(function).lower(*operands).compile()
+    with jax.set_mesh(mesh) if mode.axes is AxisType.Explicit else nullcontext():
+        return jax.jit(function).lower(*operands).compile()
 
 
 def cost(name: str) -> Cost:

@@ -4,21 +4,21 @@ from __future__ import annotations  # help() shows names, not the Union behind t
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bce import _check
 from jax_bce._arguments import Implementation, Options, Reduction, checked
 from jax_bce._callers import renamed
 from jax_bce._evaluate import call_of
-from jax_bce._operands import FLOATS, AnyArray, known, operand
+from jax_bce._operands import FLOATS, AnyArray, known, operand, typed
 from jax_bce._primitive import vary_alike
 from jax_bce._reference import arithmetic_dtype
 from jax_bce._walk import AXES, OPTIONS, linear
@@ -79,7 +79,7 @@ def linear_loss(
       reduction: as for `loss`, except "none", whose result would have the size of the logits.
       axis: None for one loss, or 1 for one loss per row. (One per label is not available.)
       normalizer: as for `loss`.
-      dtype: of the result; by default float32, or float64 if an argument is.
+      dtype: of the result; by default float32, or float64 if features or weight are.
       precision: of the matrix products, as for `jax.numpy.dot`; by default, the context's.
       block_bytes: the memory of a block of logits, its gradient, labels and slices, on each
         device. The size matters little for the speed, unless it is a fraction of the default.
@@ -98,9 +98,10 @@ def linear_loss(
     Memory:
       block_bytes, the results, and float32 sums of the features' size (if rows > labels, of the
       weight's size). If rows <= labels, blocks are columns of the logits, otherwise rows. For
-      backpropagation, the gradients themselves are stored, in the size of their arguments; if axis
-      is 1, nothing. Reverse-mode differentiation of a gradient (not `jax.jvp` of it) stores every
-      block.
+      backpropagation, the gradients themselves are stored, in the size of their arguments (those of
+      float16 in float32); if axis is 1, nothing. With bfloat16, XLA on a CPU copies features and
+      weight once. ``implementation="xla"`` takes up to twice block_bytes. Reverse-mode
+      differentiation of a gradient (not `jax.jvp` of it) stores every block.
 
     Derivatives:
       As for `loss`, with respect to features, weight, bias, scale, and everything else that may be
@@ -109,13 +110,15 @@ def linear_loss(
 
     Several devices:
       Rows, labels or both may be sharded, by jit or in a shard_map, the width may not. Nothing is
-      gathered. On explicit mesh axes and in a shard_map, each gradient takes one all-reduce over
-      the axes that its argument is not sharded over. On automatic axes, the weight's gradient (if
-      rows > labels: the features') is reduced block by block, in as many bytes. There, the other is
-      kept on each device for the rows of all devices, if that takes at most block_bytes; otherwise,
-      sharded labels cost an all-reduce of it in each block. The number of labels (or of rows, if
-      there are more) must be a multiple of the devices that share them. In a shard_map over labels,
-      positives are those of the shard: subtract the index of its first label from them.
+      gathered. Prefer explicit mesh axes (``AxisType.Explicit``), or a shard_map: there, each
+      gradient takes one all-reduce over the axes that its argument is not sharded over. On
+      automatic axes, where the shardings are not known when the loop is written, the weight's
+      gradient (if rows > labels: the features') is reduced block by block, in as many bytes. The
+      other is kept on each device for the rows of all devices, if that takes at most block_bytes;
+      otherwise, sharded labels cost an all-reduce of it in each block. The number of labels (or of
+      rows, if there are more) must be a multiple of the devices that share them. In a shard_map
+      over labels, positives are those of the shard: subtract the index of its first label from
+      them.
 
     Raises:
       TypeError, ValueError, RuntimeError: as for `loss`; ValueError if the shapes of features,
@@ -151,12 +154,12 @@ def linear_loss(
         )
     if positives is not None:
         arrays["positives"] = _positives(positives, shape, ignore_label)
-    _check_reduction(reduction, axis, shape)
-    _refuse_class_indices(labels, shape)
+    _refuse_elements(reduction, shape)
+    _refuse_indices(labels, shape)
     # A view of one number, for its shape: the checks are those of `loss`.
     wide = arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))
     logits = np.broadcast_to(np.zeros((), wide), shape)
-    with renamed(weight="class_weight"):
+    with renamed(**{"weight": "class_weight", "logits.shape": f"{shape}"}):
         arguments = checked(
             logits,
             0 if labels is None else labels,
@@ -171,6 +174,11 @@ def linear_loss(
             normalizer=normalizer,
             dtype=dtype,
             implementation=implementation,
+        )
+    if arguments.options.axes not in ((1,), (0, 1)):
+        raise ValueError(
+            f"axis={axis} is not available for linear_loss: use axis=1 for one loss per row, or "
+            "None for one number; for one loss per label, jax_bce.loss."
         )
     others = {name: array for name, array in arguments.arrays.items() if name != "logits"}
     run = _run if _check.is_on() else _compiled
@@ -197,11 +205,15 @@ def _factors(features: ArrayLike, weight: ArrayLike) -> tuple[AnyArray, AnyArray
             f"weight of shape {w.shape} does not fit features of shape {x.shape}: "
             f"{'use weight.T' if transposed else f'expected ({x.shape[1]}, labels)'}."
         )
-    if not all(isinstance(size, int) for size in (*x.shape, *w.shape)):
-        raise ValueError(
-            f"linear_loss needs known sizes, got {x.shape} and {w.shape}: export it for each size."
-        )
+    refuse_symbolic("linear_loss", x.shape, w.shape)
     return x, w
+
+
+def refuse_symbolic(function: str, first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
+    if not all(isinstance(size, int) for size in (*first, *second)):
+        raise ValueError(
+            f"{function} needs known sizes, got {first} and {second}: export it for each size."
+        )
 
 
 def _bias(bias: ArrayLike, shape: tuple[int, ...]) -> AnyArray:
@@ -225,7 +237,8 @@ def number(name: str, value: ArrayLike) -> AnyArray:
 def _positives(
     positives: ArrayLike, shape: tuple[int, ...], ignore_label: ArrayLike | None
 ) -> AnyArray:
-    array = operand("positives", positives, _INTEGERS)
+    fix = "use positives.astype(jnp.int32), or pass a matrix of 0 and 1 as labels"
+    array = typed("positives", positives, _INTEGERS, fix)
     if array.ndim != 2 or array.shape[0] != shape[0]:
         one = array.ndim == 1 and array.shape == shape[:1]
         raise ValueError(
@@ -245,33 +258,30 @@ def _positives(
                 f"positives must be indices from 0 to {shape[1] - 1}, or -1, got "
                 f"{low if low < -1 else high}."
             )
-    return array
+        # As indices, they would name the labels 0 and 1 several times in each row.
+        if array.shape == shape and shape[1] > 2 and low >= 0 and high <= 1:
+            raise ValueError(
+                f"positives of shape {shape} are 0 and 1 alone: pass a matrix of labels as labels."
+            )
+    return operand("positives", array, _INTEGERS)
 
 
-def _refuse_class_indices(labels: Any, shape: tuple[int, ...]) -> None:
-    """Raises for one index per row, which `loss` would want as a matrix."""
-    own = getattr(labels, "shape", None)
+def _refuse_indices(labels: Any, shape: tuple[int, ...]) -> None:
+    """Raises for one or more indices per row, which `loss` would want as a matrix."""
+    own = getattr(labels, "shape", ())
     kind = getattr(getattr(labels, "dtype", None), "kind", "")
-    if own == shape[:1] and shape[1:] != shape[:1] and kind in "iu":
+    if kind in ("i", "u") and own[:1] == shape[:1] and own != shape and len(own) <= 2:
         raise ValueError(
-            f"labels of shape {own} do not match features @ weight of shape {shape}: for class "
-            "indices, use positives=labels[:, None]."
+            f"labels of shape {own} do not match features @ weight of shape {shape}: for the "
+            f"indices of labels, use positives=labels{'[:, None]' if len(own) == 1 else ''}."
         )
 
 
-def _check_reduction(reduction: str, axis: Any, shape: tuple[int, ...]) -> None:
-    if reduction == "none":
+def _refuse_elements(reduction: Any, shape: tuple[int, ...]) -> None:
+    if isinstance(reduction, str | None) and reduction in ("none", None):
         raise ValueError(
-            f"reduction='none' would return all {shape[0]} x {shape[1]} losses, which linear_loss "
-            "does not hold in memory: use axis=1 for one loss per row, or jax_bce.loss."
-        )
-    if axis is None or isinstance(axis, str):
-        return
-    axes = axis if isinstance(axis, Sequence) else (axis,)
-    if {*axes} <= {0, 1, -1, -2} and {a % 2 for a in axes} not in ({1}, {0, 1}):
-        raise ValueError(
-            f"axis={axis} is not available for linear_loss: use axis=1 for one loss per row, or "
-            "None for one number; for one loss per label, jax_bce.loss."
+            f"reduction={reduction!r} would return all {shape[0]} x {shape[1]} losses, which "
+            "linear_loss does not hold in memory: use axis=1 for one loss per row, or jax_bce.loss."
         )
 
 
@@ -290,8 +300,15 @@ def block_size(value: int) -> int:
 
 def precision_of(precision: Any) -> Any:
     """The precision of the products: the context's, too, which does not reach the lowering."""
-    context: Any = jax.config
-    return precision if precision is not None else context.jax_default_matmul_precision
+    if precision is None:
+        context: Any = jax.config
+        return context.jax_default_matmul_precision
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    if not isinstance(precision, Hashable):
+        raise TypeError(
+            f"precision must be one that jax.numpy.dot accepts, such as 'highest', got {precision}."
+        )
+    return precision
 
 
 def _run(
@@ -308,16 +325,15 @@ def _run(
     wide = arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))
     call = call_of({"logits": jnp.broadcast_to(jnp.zeros((), wide), shape)} | others, options)
     _, labels, _, smoothing, *modifiers = call.operands
-    where = others.get("where")
-    if where is not None and where.size == shape[0] and where.shape[:1] == shape[:1]:
-        # Their gradient is 0, and its product with NaN would be NaN.
-        x = arrays["features"] = jnp.where(where.reshape(-1, 1), x, 0)
     if "bias" in arrays:
         arrays["bias"] = jnp.broadcast_to(arrays["bias"], shape[1:])[None]
     if "scale" in arrays:
         arrays["scale"] = arrays["scale"].astype(wide)
     if "positives" in arrays:
-        arrays["positives"] = arrays["positives"].astype(np.int32)
+        indices = arrays["positives"]
+        indices = indices.astype(jnp.promote_types(indices.dtype, np.int32))
+        # An index that int32 cannot hold is out of range, and stays so.
+        arrays["positives"] = jnp.clip(indices, -1, shape[1]).astype(np.int32)
     else:
         arrays["labels"] = labels
     arrays["smoothing"] = smoothing
@@ -361,6 +377,7 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     if not rows and not labels:
         return _local(arrays, **params)
     specs = {}
+    mesh = explicit_mesh(*arrays.values())
     for name, array in arrays.items():
         spec: list[Any] = [None] * array.ndim
         for own, names in zip(places[name], (rows, labels), strict=True):
@@ -368,7 +385,7 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
                 spec[own] = names or None
         specs[name] = PartitionSpec(*spec)
         reshard: Any = jax.sharding.reshard
-        arrays[name] = reshard(array, specs[name])
+        arrays[name] = reshard(array, NamedSharding(mesh, specs[name]))
     per_row = params["reduced_rank"] == 1
 
     def of_device(arrays: dict[str, Array]) -> Array:
@@ -382,16 +399,22 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     shard_map: Any = jax.shard_map
     function = shard_map(
         of_device,
+        mesh=mesh,
         in_specs=(specs,),
         out_specs=PartitionSpec(rows or None) if per_row else PartitionSpec(),
         # All explicit axes: JAX 0.8 has no scan where some are manual and others are not.
-        axis_names=_explicit_axes(arrays["features"]),
+        axis_names=_explicit_axes(mesh),
     )
     return function(arrays)  # type: ignore[no-any-return]
 
 
-def _explicit_axes(array: Array) -> set[str]:
-    mesh: Any = jax.typeof(array).sharding.mesh
+def explicit_mesh(*arrays: Array) -> Any:
+    """The mesh of arrays that are sharded over it; `jax.set_mesh` may not have been called."""
+    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+    return next(mesh for mesh in meshes if not mesh.empty)
+
+
+def _explicit_axes(mesh: Any) -> set[str]:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in types if kind == AxisType.Explicit}
 

@@ -230,8 +230,8 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             where = why_no_call(context, _kernels.refusal, **call)
         if where and implementation not in (None, "xla"):
             raise RuntimeError(
-                f"jax_bce.loss(implementation={implementation!r}) is compiled for {where}, where "
-                "that kernel cannot run: use implementation=None."
+                f"implementation={implementation!r} is compiled for {where}, where that kernel "
+                "cannot run: use implementation=None."
             )
         shared = [size for aval in avals[4:] for size in aval.shape]
         weighted = any(size != 1 for size in shared) or not {*call["modifiers"]} <= {*DIVISOR}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_bce import _check
@@ -23,10 +23,12 @@ from jax_bce._arguments import Implementation, available
 from jax_bce._linear import (
     BLOCK_BYTES,
     block_size,
+    explicit_mesh,
     number,
     owned,
     precision_of,
     refuse_sharded_width,
+    refuse_symbolic,
     sharded_over,
 )
 from jax_bce._operands import FLOATS, AnyArray, operand
@@ -76,7 +78,8 @@ def siglip_loss(
     Memory:
       That of `linear_loss`. With axis_name, and on explicit mesh axes, each device holds its own
       embeddings and the texts of one other device: these travel in a ring, together with their
-      gradient. On automatic axes, each device receives the texts of a block at a time.
+      gradient. On automatic axes, each device receives the texts of a block at a time, and their
+      gradient is added up over the devices in each block.
 
     Derivatives:
       With respect to images, texts, scale and bias, to any order and in any mode. With axis_name,
@@ -103,6 +106,10 @@ def siglip_loss(
     axes: tuple[Hashable, ...] = () if axis_name is None else (axis_name,)
     if isinstance(axis_name, list | tuple):
         axes = (*axis_name,)
+    if not all(isinstance(axis, Hashable) for axis in axes):
+        raise TypeError(
+            f"axis_name must be the name of an axis of a shard_map, or several, got {axis_name}."
+        )
     params = {
         "reduced_rank": 2,
         "implementation": implementation,
@@ -124,6 +131,7 @@ def _embeddings(images: ArrayLike, texts: ArrayLike) -> dict[str, AnyArray]:
             f"images of shape {first} and texts of shape {second} must both have shape (n, width), "
             "and text i belong to image i."
         )
+    refuse_symbolic("siglip_loss", first, second)
     return arrays
 
 
@@ -137,77 +145,60 @@ def _run(axes: tuple[Hashable, ...], params: _Params, arrays: dict[str, Any]) ->
     refuse_sharded_width({"images": (images, 1), "texts": (texts, 1)})
     over = sharded_over({"images": (images, 0), "texts": (texts, 0)})
     if not over:
-        return _check.loss(_block(*operands, np.int32(0), (), len(images), params)[0])
-    spec, reshard = PartitionSpec(over), jax.sharding.reshard
+        return _check.loss(_block(*operands, np.int32(0), (), max(1, len(images)), params)[0])
+    mesh, spec = explicit_mesh(images, texts), PartitionSpec(over)
+    reshard: Any = jax.sharding.reshard
+    images, texts = (reshard(array, NamedSharding(mesh, spec)) for array in (images, texts))
     shard_map: Any = jax.shard_map
     ring = shard_map(
         functools.partial(_ring, over, params),
+        mesh=mesh,
         in_specs=(spec, spec, PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(),
         axis_names={*over},
     )
-    return _check.loss(ring(reshard(images, spec), reshard(texts, spec), *operands[2:]))
+    return _check.loss(ring(images, texts, *operands[2:]))
 
 
 _run.__name__ = _run.__qualname__ = "jax_bce_siglip"
 _compiled = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_run)
 
 
-def _ring(
-    axes: tuple[Hashable, ...],
-    params: _Params,
-    images: Array,
-    texts: Array,
-    scale: Array,
-    bias: Array,
-) -> Array:
+def _ring(axes: tuple[Hashable, ...], params: _Params, *operands: Array) -> Array:
     """The loss of all pairs, from inside of a shard_map."""
     # The cast makes the gradients of scale and bias sums over the devices.
     of_all: Any = lax.axis_index(axes)
-    operands = vary_alike(images, texts, scale, bias, of_all)[:-1]
-    total: Array = lax.psum(_share(axes, params, *operands), axes)
+    total: Array = lax.psum(_share(axes, params, vary_alike(*operands, of_all)[:-1]), axes)
     return total
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _share(
-    axes: tuple[Hashable, ...],
-    params: _Params,
-    images: Array,
-    texts: Array,
-    scale: Array,
-    bias: Array,
-) -> Array:
+def _share(axes: tuple[Hashable, ...], params: _Params, operands: _Four) -> Array:
     """This device's part of the loss. Only the sum of the parts has the derivatives below."""
-    return _around(axes, params, (), images, texts, scale, bias)[0]
+    return _around(axes, params, (), operands)[0]
 
 
 @_share.defjvp
 def _share_jvp(
-    axes: tuple[Hashable, ...], params: _Params, primals: _Four, tangents: _Four
+    axes: tuple[Hashable, ...], params: _Params, primals: tuple[_Four], tangents: tuple[_Four]
 ) -> tuple[Array, Array]:
     """A text's gradient is that of all pairs with it, also on other devices."""
     loss, *gradients = _around(axes, params, PARAMETERS, *primals)
     products = (
         jnp.sum(gradient * dot.astype(loss.dtype))
-        for gradient, dot in zip(gradients, tangents, strict=True)
+        for gradient, dot in zip(gradients, *tangents, strict=True)
     )
     return loss, sum(products, jnp.zeros_like(loss))
 
 
 def _around(
-    axes: tuple[Hashable, ...],
-    params: _Params,
-    gradients: tuple[str, ...],
-    images: Array,
-    texts: Array,
-    scale: Array,
-    bias: Array,
+    axes: tuple[Hashable, ...], params: _Params, gradients: tuple[str, ...], operands: _Four
 ) -> list[Array]:
     """The loss and its gradients, while the texts of all devices pass."""
+    images, texts, scale, bias = operands
     devices = lax.axis_size(axes)
     onwards = [(i, (i - 1) % devices) for i in range(devices)]
-    count = devices * len(images)
+    count = max(1, devices * len(images))
     send = functools.partial(lax.ppermute, axis_name=axes, perm=onwards)
 
     def step(number: Array, so_far: Any) -> Any:

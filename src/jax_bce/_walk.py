@@ -23,7 +23,8 @@ differentiates the loop as it stands.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,26 @@ AXES: dict[str, tuple[int | None, int | None]] = {
 _ROWS, _LABELS = 0, 1
 # Those of `bce`, by their names here, where weight is the matrix.
 OPTIONS = {"class_weight" if name == "weight" else name: name for name in MODIFIERS}
+
+
+def _as_bits(array: Array) -> Array:
+    """bfloat16 as integers, which XLA on a CPU moves without a conversion of the whole array."""
+    return lax.bitcast_convert_type(array, np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def _from_bits(array: Array) -> Array:
+    return lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == np.uint16 else array
+
+
+def _kept(features: Array, given: dict[str, Array]) -> Array:
+    """The features, with 0 in rows that are dropped as a whole.
+
+    The gradient of their logits is 0, and its product with NaN would be NaN.
+    """
+    where = given.get("where")
+    if where is None or where.shape != (len(features), 1):
+        return features
+    return jnp.where(where, features, 0)
 
 
 class Plan(NamedTuple):
@@ -108,9 +129,11 @@ def plan(given: dict[str, Array], gradients: Sequence[str], budget: int, devices
         for name in ("labels", *OPTIONS)
         if name in given and given[name].size > max(rows, labels)
     ]
-    # Logits, and a second array: their products, or their gradient.
+    # Logits, and a second array: their products, or their gradient; and what it is rounded to.
     arrays = 2 if gradients or "scale" in given or "bias" in given else 1
     element = arrays * wide + sum(of_shape) + ("positives" in given)
+    rounded = residual_dtype(jnp.promote_types(features.dtype, weight.dtype)).itemsize
+    element += rounded if gradients and rounded < wide else 0
     walked = (weight if axis == _LABELS else features).dtype.itemsize
     bytes_per_index = other * element + width * walked * (2 if gradients else 1)
     kept = 2 * other * width * wide if gradients else 0  # a sum and what is added to it
@@ -137,7 +160,7 @@ def _dense(positives: Array, start: Any, block: int, parts: int, labels: int) ->
     def of_row(index: Array) -> Array:
         return jnp.zeros(block, np.uint8).at[index].set(1, mode="drop")
 
-    return jax.vmap(jax.vmap(of_row))(index).reshape(len(positives), -1)
+    return jax.vmap(jax.vmap(of_row))(index).reshape(len(positives), parts * block)
 
 
 class _Walk:
@@ -151,10 +174,13 @@ class _Walk:
         budget: int,
         precision: Any,
         devices: int,
+        bits: bool,
     ) -> None:
         features, weight = given["features"], given["weight"]
         self.given, self.gradients, self.params = given, gradients, params
         self.plan = plan(given, gradients, budget, devices)
+        self.stored = _as_bits if bits and not self.plan.one else lambda array: array
+        self.walked = {name: self.stored(array) for name, array in given.items()}
         self.by_label = self.plan.axis == _LABELS
         self.dtype = jnp.promote_types(features.dtype, weight.dtype)
         self.wide = arithmetic_dtype(self.dtype)
@@ -187,10 +213,10 @@ class _Walk:
     def block(self, start: Array, size: int) -> dict[str, Array]:
         """The losses of one block, of shape (rows, parts), and its gradients."""
         at = {
-            name: self.plan.cut(array, self.axis(name), start, size)
-            for name, array in self.given.items()
+            name: _from_bits(self.plan.cut(array, self.axis(name), start, size))
+            for name, array in self.walked.items()
         }
-        x, w = at["features"], at["weight"]
+        x, w = _kept(at["features"], at), at["weight"]
         logits = self.dot("rd,dl->rl", x, w)
         if self.scale is not None:
             logits = logits * self.scale
@@ -257,7 +283,7 @@ class _Walk:
             return jnp.zeros((rows, 1), self.wide)
         shape, dtype = self.given[name].shape, self.given[name].dtype
         if self.axis(name) is not None:
-            return jnp.zeros(shape, residual_dtype(dtype))
+            return self.stored(jnp.zeros(shape, residual_dtype(dtype)))
         apart = self.apart > 1 and name != "bias"
         return jnp.zeros((self.apart, *shape) if apart else shape, self.wide)
 
@@ -267,7 +293,9 @@ class _Walk:
         for name, piece in jax.checkpoint(self.block, static_argnums=(1,))(start, size).items():
             before, axis = so_far[name], self.axis(name)
             if axis is not None:
-                merged[name] = self.plan.put(before, piece.astype(before.dtype), axis, start, size)
+                dtype = jnp.bfloat16 if before.dtype == np.uint16 else before.dtype
+                piece = self.stored(piece.astype(dtype))
+                merged[name] = self.plan.put(before, piece, axis, start, size)
             elif name == "loss":
                 high, low = before
                 merged[name] = add_in_two_parts(high, low, piece)
@@ -290,11 +318,12 @@ class _Walk:
             )
             if how.rest:
                 found = self._merge(found, jnp.int32(how.blocks * how.block), how.rest)
-        for name in ("features", "weight"):
-            if name in found and found[name].ndim == 3:
+        for name in [name for name in ("features", "weight", "bias") if name in found]:
+            found[name] = _from_bits(found[name])
+            if found[name].ndim == 3:
                 found[name] = jnp.sum(found[name], axis=0)
         if "features" in found and self.by_label:
-            self._scale(found, self.given["features"])
+            self._scale(found, _kept(self.given["features"], self.given))
         if "rows' scale" in found:
             found["scale"] = jnp.sum(found["rows' scale"])
         return found
@@ -310,11 +339,15 @@ def walk(
     budget: int,
     precision: Any,
     devices: int = 1,
+    bits: bool = False,
 ) -> list[Array]:
-    """The primitive in plain JAX around `bce`; `linear` documents the arguments."""
+    """The primitive in plain JAX around `bce`; `linear` documents the arguments.
+
+    With `bits`, arrays of bfloat16 are integers in the loop, which has no derivative.
+    """
     given = dict(zip(names, operands, strict=True))
     params = {"count": count, "implementation": implementation}
-    found = _Walk(given, gradients, params, budget, precision, devices).run()
+    found = _Walk(given, gradients, params, budget, precision, devices, bits).run()
     loss = found["loss"]
     high, low = loss if isinstance(loss, tuple) else (loss, jnp.zeros_like(loss))
     total = jnp.sum(high + low, axis=1) if reduced_rank == 1 else _total(high, low, implementation)
@@ -389,7 +422,12 @@ def _types(
     return [(loss, arithmetic_dtype(jnp.promote_types(x.dtype, w.dtype))), *of_gradients]
 
 
-def _implement(primitive: Primitive, function: Any, types: Any) -> None:
+def _implement(
+    primitive: Primitive,
+    function: Any,
+    types: Any,
+    on_cpu: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Gives a primitive that is written in JAX its rules for evaluation, vmap and lowering."""
     multiple = primitive.multiple_results
 
@@ -413,13 +451,15 @@ def _implement(primitive: Primitive, function: Any, types: Any) -> None:
         results = jax.vmap(functools.partial(function, **params), in_axes=axes)(*operands)
         return results, [0] * len(results) if multiple else 0
 
-    def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    def lower(
+        more: Mapping[str, Any], context: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Any:
         of_context: Any = context
         plain = {
             name: [ShapedArray(aval.shape, aval.dtype) for aval in getattr(of_context, name)]
             for name in ("avals_in", "avals_out")
         }
-        written = functools.partial(function, devices=devices_of(context), **params)
+        written = functools.partial(function, devices=devices_of(context), **more, **params)
         # Even on an explicit mesh, the partitioner chooses the shardings inside.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             rule = mlir.lower_fun(written, multiple_results=multiple)
@@ -428,7 +468,9 @@ def _implement(primitive: Primitive, function: Any, types: Any) -> None:
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(shapes)
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, lower)
+    mlir.register_lowering(primitive, functools.partial(lower, {}))
+    if on_cpu:
+        mlir.register_lowering(primitive, functools.partial(lower, on_cpu), platform="cpu")
 
 
 def _jvp(
@@ -484,7 +526,7 @@ def _jvp_of_tangent(primals: Sequence[Array], tangents: Sequence[Any], **params:
     return _jvp_as_it_stands(functools.partial(_tangent, **params), primals, tangents)
 
 
-_implement(linear_p, walk, _types)
+_implement(linear_p, walk, _types, on_cpu={"bits": True})
 _implement(tangent_p, _tangent, lambda operands, moving, **params: _types(operands, **params))
 ad.primitive_jvps[linear_p] = _jvp
 ad.primitive_jvps[tangent_p] = _jvp_of_tangent
