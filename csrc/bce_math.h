@@ -93,8 +93,8 @@ struct Format<float> {
                              0x1.e1216p-4f);
   }
 
-  // The same for what is rounded to 16 bits: to 2^-23 of exp(r), and to 2^-26 of artanh(w). The last
-  // digits were chosen so that all bfloat16 results are rounded as if once.
+  // The same for what is rounded to 16 bits: to 2^-23 of exp(r), and to 2^-26 of artanh(w). The
+  // last digits were chosen so that all bfloat16 results are rounded as if once.
   template <class Lanes>
   static BCE_INLINE typename Lanes::Float short_exp_tail(typename Lanes::Float r) {
     return polynomial<Lanes>(r, 0x1.fffdfep-2f, 0x1.5557bp-3f, 0x1.572bdap-5f, 0x1.106a1ep-7f);
