@@ -4,9 +4,9 @@
 // of 1024, each by a warp; or, if short rows are to be added up, by tiles of whole rows, each by a
 // thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel.
 //
-// There is a kernel for each usual pair of dtypes, one for each logits dtype with any other labels,
-// and one for each with modifiers. Everything else is the same for all threads and is decided at
-// run time.
+// There is a kernel for each usual pair of dtypes, one for any other labels of each width of
+// logits, and one for modifiers in each arithmetic. Everything else is the same for all threads and
+// is decided at run time.
 #include "bce_cuda.h"
 #include "bce_cuda_rows.cuh"
 
@@ -97,7 +97,7 @@ int64_t grid(int64_t blocks, int blocks_at_once) {
 
 template <class Logit, class Label, bool kModified = false>
 cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
-  using Scalar = decltype(convert(Logit()));
+  using Scalar = ScalarOf<Logit>;
   const bool tiles = plan.tile_rows > 0;
   const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
   const cudaError_t error =
@@ -112,14 +112,12 @@ cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
 }
 
 template <class Logit>
-cudaError_t launch_for(const Plan& plan, bool modified, CUstream_st* stream) {
-  if (modified) return launch_for<Logit, Any, true>(plan, stream);
+cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   const Type labels = plan.labels.type;
-  if constexpr (sizeof(Logit) < 8)
-    if (width_of(labels) == 1) return launch_for<Logit, uint8_t>(plan, stream);
-  if constexpr (std::is_same_v<Logit, float> || std::is_same_v<Logit, __nv_bfloat16>)
+  if (width_of(labels) == 1) return launch_for<Logit, uint8_t>(plan, stream);
+  if constexpr (!std::is_same_v<Logit, __half>)
     if (labels == kTypeOf<Logit>) return launch_for<Logit, Logit>(plan, stream);
-  return launch_for<Logit, Any>(plan, stream);
+  return launch_for<std::conditional_t<sizeof(Logit) == 2, uint16_t, Logit>, Any>(plan, stream);
 }
 
 // Brings an operand into as few dimensions as its strides allow.
@@ -260,14 +258,16 @@ cudaError_t launch_for(const Problem& problem, double* sums, CUstream_st* stream
   bool modified;
   const Plan plan = plan_for(problem, sums, &modified);
   switch (problem.logits.type) {
-    case Type::kF16:
-      return launch_for<__half>(plan, modified, stream);
-    case Type::kBF16:
-      return launch_for<__nv_bfloat16>(plan, modified, stream);
     case Type::kF64:
-      return launch_for<double>(plan, modified, stream);
+      return modified ? launch_for<double, Any, true>(plan, stream)
+                      : launch_for<double, Any>(plan, stream);
+    case Type::kF16:
+      return modified ? launch_for<Any, Any, true>(plan, stream) : launch_for<__half>(plan, stream);
+    case Type::kBF16:
+      return modified ? launch_for<Any, Any, true>(plan, stream)
+                      : launch_for<__nv_bfloat16>(plan, stream);
     default:
-      return launch_for<float>(plan, modified, stream);
+      return modified ? launch_for<Any, Any, true>(plan, stream) : launch_for<float>(plan, stream);
   }
 }
 

@@ -25,10 +25,16 @@ from pathlib import Path
 from jax_bce import _kernels
 
 # The templates' arguments, as a symbol holds them: the dtypes of logits and labels ("S2_" is the
-# logits' own), and whether there are modifiers.
-LOGITS = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
-LABELS = {"h": "uint8", "f": "float32", "S2_": "bfloat16", "NS0_3AnyE": "any"}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# logits' own: bfloat16, or any), and whether there are modifiers.
+LOGITS = {
+    "6__half": "float16",
+    "13__nv_bfloat16": "bfloat16",
+    "t": "any of 16 bits",
+    "f": "float32",
+    "NS0_3AnyE": "any but float64",
+    "d": "float64",
+}
+LABELS = {"h": "uint8", "f": "float32", "NS0_3AnyE": "any", "S2_": "any"}
 SYMBOL = re.compile(
     rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})Lb([01]))?E"
 )
@@ -295,19 +301,19 @@ LOOPS = {
         Turn({128: 4}, (0, 0), 8, 8),
     ),
     "float32, a weight per class": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", True, 8),
         Turn({128: 6}, (128, 2), 16, 8),
     ),
     "float32, weight, pos_weight and sample_weight": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", True, 8),
         Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FMUL": 144}),
     ),
     "float32, where": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", True, 8),
         Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 40}),
     ),
     "float32, int32, ignore_label": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", True, 8),
         Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 40}),
     ),
     "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
@@ -330,6 +336,8 @@ class Kernel:
     def __post_init__(self) -> None:
         self.name, logits, labels, modified = SYMBOL.search(self.symbol).groups()
         self.logits, self.labels = LOGITS[logits], LABELS.get(labels, "")
+        if labels == "S2_" and self.logits == "bfloat16":
+            self.labels = self.logits
         self.modified = modified == "1"
 
     @cached_property
@@ -431,7 +439,7 @@ def main() -> None:
     if not asked:
         print(f"Machine code for {', '.join(map(str, architectures('elf')))}; ", end="")
         print(f"PTX of {', '.join(map(str, architectures('ptx')))}.\n")
-    order = list(BYTES)
+    order = list(LOGITS.values())
     found = kernels(asked or 90)
     print(table_of_loops(asked or 90) + "\n")
     print(table(sorted(found, key=lambda k: (k.name, order.index(k.logits), k.labels))))
