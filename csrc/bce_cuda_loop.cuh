@@ -8,11 +8,14 @@
 //     operands of any type and alignment;
 //   - soft labels, or hard ones that are smoothed;
 //   - hard labels with a weight, or with any modifiers of the usual types and forms.
+// A focal loss has no such loop.
+//
 // Where another turn comes, the loop ends, the turn is evaluated on its own, which takes up to
 // three times as long, and the loop begins again behind it.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
+#include "bce_focal.h"
 
 namespace jax_bce {
 
@@ -52,9 +55,10 @@ enum class Losses { kSum, kTile, kStore };
 
 // A Problem as the kernels need it.
 struct Plan {
-  Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiersOfAll];
+  Input logits, labels, scale, smoothing, divisor, modifiers[kModifiers];
+  const void* divisor_low;  // where the divisor is
   Result loss, gradient;
-  bool reduce, total;
+  bool reduce, total, constant_power;
   Losses losses;
   Factors factors;
   double inverse_count;
@@ -75,13 +79,15 @@ struct Plan {
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
-    const auto number = [&](const Input& input, double absent) {
-      const Scalar* data = static_cast<const Scalar*>(input.data);
-      return data ? static_cast<double>(data[input.at(element)]) : absent;
+    const auto number = [&](const void* data, const Input& input, double absent) {
+      const auto* numbers = static_cast<const Scalar*>(data);
+      return numbers ? static_cast<double>(numbers[input.at(element)]) : absent;
     };
-    return {number(scale, 1) * inverse_count, number(divisor, 1) + number(divisor_low, 0)};
+    return {number(scale.data, scale, 1) * inverse_count,
+            number(divisor.data, divisor, 1) + number(divisor_low, divisor, 0)};
   }
 };
+static_assert(sizeof(Plan) <= 4096);  // as many bytes of parameters as any GPU takes
 
 // The losses of a tile in shared memory, and where they are: spread so that the threads that add up
 // rows do not all use the same banks.
@@ -91,7 +97,10 @@ __device__ Pair<Scalar>* tile() {
 }
 __device__ int spread(int place) { return place + place / 32 * 2; }
 
-template <class Logit, class Label, bool kModified>
+// What a kernel evaluates. A focal loss may have modifiers, too.
+enum class Kind { kPlain, kModified, kFocal };
+
+template <class Logit, class Label, Kind kKind>
 class Loop {
  public:
   using Scalar = ScalarOf<Logit>;
@@ -143,6 +152,7 @@ class Loop {
 
  private:
   using L = Lane<Scalar>;
+  static constexpr bool kModified = kKind != Kind::kPlain, kFocal = kKind == Kind::kFocal;
   static constexpr bool kAny = std::is_same_v<Label, Any>, kAnyLogit = std::is_same_v<Logit, Any>;
   // Whether some of what is the same in each turn is decided by branches, in fewer loops: the more
   // types a loop has, the longer it takes to compile.
@@ -171,7 +181,9 @@ class Loop {
   }
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
-  __device__ bool given(ModifierName name) const { return plan_.modifiers[name].data; }
+  __device__ bool given(ModifierName name) const {
+    return !(kFocal && name == kPosWeight) && plan_.modifiers[name].data;
+  }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
   __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
@@ -374,7 +386,7 @@ class Loop {
   // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
   // kind of turn.
   __device__ int common_turns(int size, int octet) {
-    if constexpr (kModified && sizeof(Logit) == 8) return 0;
+    if constexpr (kFocal || (kModified && sizeof(Logit) == 8)) return 0;
     if (!usual_ || !plan_.dense) return 0;
     if (kModified && (!plan_.common_modifiers || smoothing_ != 0)) return 0;
     // A thread without elements evaluates those of the first octet once more, and keeps nothing.
@@ -1003,7 +1015,12 @@ class Loop {
     }
     // From here on, the weights become the losses.
     Scalar gradients[kQuad] = {};
-    if (plan_.total) {
+    if constexpr (kFocal) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        weight[c] = {weight[c].high * power[c], weight[c].low * power[c]};
+      evaluate_focal(x, y, row, column, rest, weight, gradients);
+    } else if (plan_.total) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
         weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
@@ -1050,6 +1067,95 @@ class Loop {
       else
         weight[c] = {result(loss, plan_.loss.type), 0};
     }
+  }
+
+  // An element at a time: the compiler takes its time for these formulas.
+  __device__ void evaluate_focal(const Scalar* x, const Scalar* y, int64_t row, uint32_t column,
+                                 const Scalar* rest, Pair<Scalar>* weight, Scalar* gradients) {
+    struct Element {
+      Scalar x, y, smoothing, rest;
+      Scalar numbers[kClip - kAlpha + 1];
+    } elements[kQuad];
+    Scalar numbers_of_quad[kQuad];
+    numbers(plan_.smoothing, row, column, numbers_of_quad);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) elements[c] = {x[c], y[c], numbers_of_quad[c], rest[c], {}};
+    BCE_UNROLL
+    for (int name = kAlpha; name <= kClip; ++name) {
+      const Input& input = plan_.modifiers[name == kGammaPos && !given(kGammaPos) ? kGamma : name];
+      if (!input.data) continue;
+      numbers(input, row, column, numbers_of_quad);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) elements[c].numbers[name - kAlpha] = numbers_of_quad[c];
+    }
+#pragma unroll 1
+    for (int c = 0; c < kQuad; ++c) {
+      const Element element = elements[0];
+      const auto number = [&](ModifierName name) { return element.numbers[name - kAlpha]; };
+      const FocalResult<Scalar> result =
+          focal_of(element.x, element.y, element.smoothing,
+                   focus_of(number(kGamma), number(kGammaPos), number(kClip)));
+      Pair<Scalar> loss = weight[0];
+      if (given(kAlpha))
+        loss = product_of<L>(loss, balance_of<L>(number(kAlpha), element.y, element.smoothing));
+      const auto scaled = [&](Scalar value) {
+        return weighted<L>(Pair<Scalar>{value, 0}, loss.high).high * element.rest;
+      };
+      const Scalar gradient = scaled(result.gradient);
+      if (plan_.reduce)
+        loss = weighted<L>(result.loss, loss);
+      else
+        loss = {scaled(rounded_once(result.loss, plan_.loss.type)), 0};
+      BCE_UNROLL
+      for (int next = 1; next < kQuad; ++next) {
+        elements[next - 1] = elements[next];
+        weight[next - 1] = weight[next];
+        gradients[next - 1] = gradients[next];
+      }
+      weight[kQuad - 1] = loss, gradients[kQuad - 1] = gradient;
+    }
+  }
+
+  __device__ Focus<Scalar> focus_of(Scalar gamma_neg, Scalar gamma_pos, Scalar clip) {
+    Focus<Scalar> focus = {gamma_neg, gamma_pos, 0, -0x1p100, 0, 0, 0};
+    focus.integer_neg = integer_of(gamma_neg), focus.integer_pos = integer_of(gamma_pos);
+    if (!given(kClip)) return focus;
+    if (clip != clip_) {  // computed anew
+      clip_ = clip, clip_logit_ = {-0x1p100, 0};
+      if (clip != 0) {
+        const Pair<double> logit = logit_of<Lane<double>>(clip);
+        clip_logit_.high = static_cast<Scalar>(logit.high);
+        clip_logit_.low = static_cast<Scalar>(logit.high - clip_logit_.high + logit.low);
+      }
+    }
+    focus.clip = clip, focus.clip_logit = clip_logit_.high, focus.clip_logit_low = clip_logit_.low;
+    return focus;
+  }
+  // A gamma for product_power_of, or -1.
+  __device__ static int integer_of(Scalar gamma) {
+    return gamma == 0 || gamma == 1 || gamma == 2 || gamma == 4 ? static_cast<int>(gamma) : -1;
+  }
+
+  template <bool kClips, bool kProducts>
+  __device__ FocalResult<Scalar> hard(Scalar x, Scalar y, const Focus<Scalar>& focus) const {
+    const Exponential<L> exponential = exp_of<L, true, kClips>(x);
+    HardFocal<L, kClips, kProducts> element = {};
+    element.probabilities(x, y, exponential);
+    if constexpr (kClips) element.clip(y, focus);
+    element.logarithms(exponential);
+    return element.result(y, focus, plan_.constant_power);
+  }
+  __device__ FocalResult<Scalar> focal_of(Scalar x, Scalar y, Scalar smoothing,
+                                          const Focus<Scalar>& focus) const {
+    const bool clips = given(kClip);
+    if (is_hard<L>(x, y, smoothing)) {
+      if constexpr (sizeof(Scalar) == 4)  // float64 has the same bits without it
+        if (focus.integer_neg >= 0 && focus.integer_pos >= 0)
+          return clips ? hard<true, true>(x, y, focus) : hard<false, true>(x, y, focus);
+      return clips ? hard<true, false>(x, y, focus) : hard<false, false>(x, y, focus);
+    }
+    const auto exponential = clips ? exp_of<L, false, true>(x) : exp_of<L>(x);
+    return soft_focal_of<L>(x, y, smoothing, exponential, focus, plan_.constant_power);
   }
 
   // A modifier's numbers for the quad, which begins in this row and column.
@@ -1144,6 +1250,9 @@ class Loop {
   // The ignored label as it is stored, if it is an integer, and as a number.
   uint32_t ignored_;
   Scalar ignored_number_;
+  // Of a focal loss: the last clip, and its logit.
+  Scalar clip_ = 0;
+  Pair<Scalar> clip_logit_ = {-0x1p100, 0};
   double high_[kQuad];
   Scalar low_[kQuad];
 };

@@ -173,6 +173,12 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
     operands[i]->data = part.untyped_data();
   }
+  const auto shape_of = [&](int i) {
+    const auto shape = buffer_of(i).dimensions();
+    return std::vector<int64_t>(shape.begin(), shape.end());
+  };
+  if (divides && shape_of(kDivisor) != shape_of(kDivisor + 1))
+    return invalid("divisor and divisor_low differ in shape");
   const auto dimension_of = [&](int i, int64_t d) -> int64_t {
     if (i >= kDivisor && !divides) return 1;
     return buffer_of(i).dimensions().size() == 0 ? 1 : buffer_of(i).dimensions()[d];

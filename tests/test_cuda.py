@@ -243,6 +243,13 @@ def test_vmap_is_one_call(module) -> None:
     assert re.findall(r"tensor<(\d+)xf64>", text)[:1] == ["80"]
 
 
+@pytest.mark.parametrize("name", ["focal_loss", "asymmetric_loss"])
+def test_focal_losses_are_one_call(module, name: str) -> None:
+    function = partial(getattr(jax_bce, name), implementation="cuda", weight=2.0)
+    text = lowered(jax.value_and_grad(function), (3000,), (3000,))
+    assert CALL.findall(text) == ["jax_bce_v2_loss_and_grad"]
+
+
 def test_recompute_is_two_calls(module) -> None:
     function = jax.value_and_grad(partial(loss, residuals="recompute"))
     text = lowered(function, (20_000,), (20_000,), dtype=jnp.float16)
