@@ -58,8 +58,9 @@ pyproject.toml lists for JAX_BCE_CUDA=PYPI first")
   message(FATAL_ERROR "JAX_BCE_CUDA=${JAX_BCE_CUDA}, but ${WHAT}: ${REMEDY}")
 endif()
 
-# Machine code for those GPUs, or for every generation that this compiler knows. PTX for the oldest, for
-# GPUs between the generations, and for the newest, for GPUs to come.
+# Machine code for those GPUs, or for every generation that this compiler knows. It is assembled from few
+# versions of PTX, each of which takes a run of the compiler: those that brought instructions which the
+# kernels use. The oldest and the newest are kept, for GPUs between the generations and GPUs to come.
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN COMMAND_ERROR_IS_FATAL ANY)
 string(REGEX MATCHALL "[0-9]+" KNOWN "${KNOWN}")
 list(SORT KNOWN COMPARE NATURAL)
@@ -94,12 +95,19 @@ foreach(architecture IN LISTS ARCHITECTURES)
     message(FATAL_ERROR "${NVCC} does not know compute capability ${architecture}: with CUDAARCHS, name \
 some that `nvcc --list-gpu-arch` lists, as in CUDAARCHS='80;90'")
   endif()
-  list(APPEND CODE -gencode arch=compute_${architecture},code=sm_${architecture})
+  set(version ${architecture})
+  foreach(with_new_instructions 75 80 90)
+    if(with_new_instructions IN_LIST KNOWN AND with_new_instructions LESS_EQUAL architecture)
+      set(version ${with_new_instructions})
+    endif()
+  endforeach()
+  list(APPEND PTX ${version})
+  list(APPEND CODE -gencode arch=compute_${version},code=sm_${architecture})
 endforeach()
-list(GET ARCHITECTURES 0 -1 PTX)
+list(GET PTX 0 -1 PTX)
 list(REMOVE_DUPLICATES PTX)
-foreach(architecture IN LISTS PTX)
-  list(APPEND CODE -gencode arch=compute_${architecture},code=compute_${architecture})
+foreach(version IN LISTS PTX)
+  list(APPEND CODE -gencode arch=compute_${version},code=compute_${version})
 endforeach()
 
 # nvcc on the PATH may be a wrapper script, so ask nvcc itself where its libraries are. (Debian's nvcc

@@ -643,16 +643,11 @@ template <class Scalar>
   double p[kTile];
   for (int i = 0; i < size; ++i) p[i] = probabilities[i];
   for (int i = 0; i < size; i += V::kLanes) {
-    const Pair<V::Float> positive = {V::load(p + i), V::set(0)},
-                         negative = fast_two_sum(V::set(1), -positive.high);
-    const auto a = minus_log_of<V, true>(positive, negative);
-    const auto b = minus_log_of<V, true>(negative, positive);
-    const auto sum = two_sum(b.high, -a.high);
-    const auto rest = sum.low + (b.low - a.low);
+    const auto logit = logit_of<V>(V::load(p + i));
     for (int k = 0; k < V::kLanes; ++k) {
       const bool none = p[i + k] == 0;
-      high[i + k] = none ? Scalar(-0x1p100) : static_cast<Scalar>(sum.high[k]);
-      low[i + k] = none ? 0 : static_cast<Scalar>(sum.high[k] - high[i + k] + rest[k]);
+      high[i + k] = none ? Scalar(-0x1p100) : static_cast<Scalar>(logit.high[k]);
+      low[i + k] = none ? 0 : static_cast<Scalar>(logit.high[k] - high[i + k] + logit.low[k]);
     }
   }
 }

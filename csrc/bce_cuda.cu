@@ -4,9 +4,9 @@
 // of 1024, each by a warp; or, if short rows are to be added up, by tiles of whole rows, each by a
 // thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel.
 //
-// There is a kernel for each usual pair of dtypes, one for each logits dtype with any other labels,
-// and one for each with modifiers. Everything else is the same for all threads and is decided at
-// run time.
+// There is a kernel for each usual pair of dtypes, one for any other labels of each width of
+// logits, and, in each arithmetic, one for modifiers and one for focal losses. Everything else is
+// the same for all threads and is decided at run time.
 #include "bce_cuda.h"
 #include "bce_cuda_rows.cuh"
 
@@ -14,15 +14,15 @@ namespace jax_bce {
 namespace {
 
 // Thread blocks per multiprocessor: as many as still keep all variables in registers.
-template <class Logit, bool kModified>
-constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2
-                              : kModified        ? 3
-                                                 : 4;
+template <class Logit, Kind kKind>
+constexpr int kBlocksAtOnce = sizeof(Logit) == 8      ? 2
+                              : kKind != Kind::kPlain ? 3
+                                                      : 4;
 
-template <class Logit, class Label, bool kModified>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
+template <class Logit, class Label, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kKind>)
     evaluate(const __grid_constant__ Plan plan) {
-  using Elements = Loop<Logit, Label, kModified>;
+  using Elements = Loop<Logit, Label, kKind>;
   using Scalar = typename Elements::Scalar;
   Elements elements(plan);
   const int warp = threadIdx.x / kWarp;
@@ -95,14 +95,14 @@ int64_t grid(int64_t blocks, int blocks_at_once) {
   return blocks < most ? blocks : most;
 }
 
-template <class Logit, class Label, bool kModified = false>
+template <class Logit, class Label, Kind kKind = Kind::kPlain>
 cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
-  using Scalar = decltype(convert(Logit()));
+  using Scalar = ScalarOf<Logit>;
   const bool tiles = plan.tile_rows > 0;
   const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
   const cudaError_t error =
-      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
-             kThreads, tiles ? kTileBytes<Scalar> : 0, stream, plan);
+      launch(evaluate<Logit, Label, kKind>, grid(blocks, kBlocksAtOnce<Logit, kKind>), kThreads,
+             tiles ? kTileBytes<Scalar> : 0, stream, plan);
   if (error != cudaSuccess || !plan.reduce || tiles) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
@@ -112,14 +112,12 @@ cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
 }
 
 template <class Logit>
-cudaError_t launch_for(const Plan& plan, bool modified, CUstream_st* stream) {
-  if (modified) return launch_for<Logit, Any, true>(plan, stream);
+cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   const Type labels = plan.labels.type;
-  if constexpr (sizeof(Logit) < 8)
-    if (width_of(labels) == 1) return launch_for<Logit, uint8_t>(plan, stream);
-  if constexpr (std::is_same_v<Logit, float> || std::is_same_v<Logit, __nv_bfloat16>)
+  if (width_of(labels) == 1) return launch_for<Logit, uint8_t>(plan, stream);
+  if constexpr (!std::is_same_v<Logit, __half>)
     if (labels == kTypeOf<Logit>) return launch_for<Logit, Logit>(plan, stream);
-  return launch_for<Logit, Any>(plan, stream);
+  return launch_for<std::conditional_t<sizeof(Logit) == 2, uint16_t, Logit>, Any>(plan, stream);
 }
 
 // Brings an operand into as few dimensions as its strides allow.
@@ -179,7 +177,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   const bool in_rows = problem.reduce && !in_tiles;
   int64_t shape[kMaxRank];
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
-  for (int name = 0; name < kModifiersOfAll; ++name) {
+  for (int name = 0; name < kModifiers; ++name) {
     const Modifier& modifier = problem.modifiers[name];
     if (modifier.data && columns > 0)
       plan.modifiers[name] = input_of(modifier.data, modifier.type, modifier.rank, modifier.shape,
@@ -192,9 +190,10 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   plan.scale = input(problem.scale);
   // Without elements it may be empty, and must not be read.
   plan.smoothing = input(columns > 0 ? problem.smoothing : problem.scale);
-  plan.divisor = input(problem.divisor), plan.divisor_low = input(problem.divisor_low);
+  plan.divisor = input(problem.divisor), plan.divisor_low = problem.divisor_low.data;
   plan.loss = problem.loss, plan.gradient = problem.gradient;
   plan.reduce = problem.reduce, plan.total = problem.total;
+  plan.constant_power = problem.constant_power;
   plan.losses = in_tiles ? Losses::kTile : in_rows ? Losses::kSum : Losses::kStore;
   plan.inverse_count = problem.inverse_count;
   plan.sums = sums;
@@ -256,18 +255,26 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   return plan;
 }
 
+template <Kind kKind>
+cudaError_t launch_any(const Plan& plan, CUstream_st* stream) {
+  return plan.logits.type == Type::kF64 ? launch_for<double, Any, kKind>(plan, stream)
+                                        : launch_for<Any, Any, kKind>(plan, stream);
+}
+
 cudaError_t launch_for(const Problem& problem, double* sums, CUstream_st* stream) {
   bool modified;
   const Plan plan = plan_for(problem, sums, &modified);
+  if (problem.is_focal() && !problem.total) return launch_any<Kind::kFocal>(plan, stream);
+  if (modified) return launch_any<Kind::kModified>(plan, stream);
   switch (problem.logits.type) {
     case Type::kF16:
-      return launch_for<__half>(plan, modified, stream);
+      return launch_for<__half>(plan, stream);
     case Type::kBF16:
-      return launch_for<__nv_bfloat16>(plan, modified, stream);
+      return launch_for<__nv_bfloat16>(plan, stream);
     case Type::kF64:
-      return launch_for<double>(plan, modified, stream);
+      return launch_for<double, Any>(plan, stream);
     default:
-      return launch_for<float>(plan, modified, stream);
+      return launch_for<float>(plan, stream);
   }
 }
 

@@ -8,11 +8,14 @@
 //     operands of any type and alignment;
 //   - soft labels, or hard ones that are smoothed;
 //   - hard labels with a weight, or with any modifiers of the usual types and forms.
+// A focal loss has no such loop.
+//
 // Where another turn comes, the loop ends, the turn is evaluated on its own, which takes up to
 // three times as long, and the loop begins again behind it.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
+#include "bce_focal.h"
 
 namespace jax_bce {
 
@@ -52,9 +55,10 @@ enum class Losses { kSum, kTile, kStore };
 
 // A Problem as the kernels need it.
 struct Plan {
-  Input logits, labels, scale, smoothing, divisor, divisor_low, modifiers[kModifiersOfAll];
+  Input logits, labels, scale, smoothing, divisor, modifiers[kModifiers];
+  const void* divisor_low;  // where the divisor is
   Result loss, gradient;
-  bool reduce, total;
+  bool reduce, total, constant_power;
   Losses losses;
   Factors factors;
   double inverse_count;
@@ -75,13 +79,15 @@ struct Plan {
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
-    const auto number = [&](const Input& input, double absent) {
-      const Scalar* data = static_cast<const Scalar*>(input.data);
-      return data ? static_cast<double>(data[input.at(element)]) : absent;
+    const auto number = [&](const void* data, const Input& input, double absent) {
+      const auto* numbers = static_cast<const Scalar*>(data);
+      return numbers ? static_cast<double>(numbers[input.at(element)]) : absent;
     };
-    return {number(scale, 1) * inverse_count, number(divisor, 1) + number(divisor_low, 0)};
+    return {number(scale.data, scale, 1) * inverse_count,
+            number(divisor.data, divisor, 1) + number(divisor_low, divisor, 0)};
   }
 };
+static_assert(sizeof(Plan) <= 4096);  // as many bytes of parameters as any GPU takes
 
 // The losses of a tile in shared memory, and where they are: spread so that the threads that add up
 // rows do not all use the same banks.
@@ -91,10 +97,13 @@ __device__ Pair<Scalar>* tile() {
 }
 __device__ int spread(int place) { return place + place / 32 * 2; }
 
-template <class Logit, class Label, bool kModified>
+// What a kernel evaluates. A focal loss may have modifiers, too.
+enum class Kind { kPlain, kModified, kFocal };
+
+template <class Logit, class Label, Kind kKind>
 class Loop {
  public:
-  using Scalar = decltype(convert(Logit()));
+  using Scalar = ScalarOf<Logit>;
 
   __device__ explicit Loop(const Plan& plan)
       : plan_(plan),
@@ -143,7 +152,11 @@ class Loop {
 
  private:
   using L = Lane<Scalar>;
-  static constexpr bool kAny = std::is_same_v<Label, Any>;
+  static constexpr bool kModified = kKind != Kind::kPlain, kFocal = kKind == Kind::kFocal;
+  static constexpr bool kAny = std::is_same_v<Label, Any>, kAnyLogit = std::is_same_v<Logit, Any>;
+  // Whether some of what is the same in each turn is decided by branches, in fewer loops: the more
+  // types a loop has, the longer it takes to compile.
+  static constexpr bool kFewLoops = kAny || sizeof(Logit) == 8;
   // 16-bit logits without modifiers: of four, labels turn two words, and the formulas are shorter.
   static constexpr bool kNarrow = sizeof(Logit) == 2 && !kModified;
   // Quads evaluated together while as many more are loaded.
@@ -151,13 +164,26 @@ class Loop {
                                 : kNarrow && std::is_same_v<Label, uint8_t> ? 4
                                                                             : 2;
   static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
-  using Labels = typename std::conditional_t<kAny, std::common_type<AnyLabels<Scalar>>,
+  // Labels of bytes have kernels of their own.
+  static constexpr int kWidths = kModified || sizeof(Logit) == 8 ? 15 : 14;
+  // Logits of any type are converted where they are loaded, others where they are used: a warp that
+  // converts has to wait for them, but one with modifiers has others beside it with much to do.
+  using Logits = Quad<std::conditional_t<kAnyLogit, float, Logit>>;
+  using Labels = typename std::conditional_t<kAny, std::common_type<AnyQuad<Scalar, kWidths>>,
                                              std::common_type<Quad<Label>>>::type;
 
-  __device__ const Logit* logits() const { return static_cast<const Logit*>(plan_.logits.data); }
+  // Of the logits.
+  __device__ Type type() const {
+    if constexpr (kAnyLogit || std::is_same_v<Logit, uint16_t>)
+      return plan_.logits.type;
+    else
+      return kTypeOf<Logit>;
+  }
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
-  __device__ bool given(ModifierName name) const { return plan_.modifiers[name].data; }
+  __device__ bool given(ModifierName name) const {
+    return !(kFocal && name == kPosWeight) && plan_.modifiers[name].data;
+  }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
   __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
@@ -172,16 +198,13 @@ class Loop {
   // Whether common turns multiply by the factor and round as they should. A gradient of 16-bit
   // logits may be float32, to be scaled before it is rounded.
   __device__ bool is_usual() const {
-    const auto fits = [](const Result& result) {
-      return !result.data || result.type == kTypeOf<Logit>;
-    };
+    const auto fits = [&](const Result& result) { return !result.data || result.type == type(); };
     bool usual = power_ == 1 && (plan_.reduce || fits(plan_.loss));
     if constexpr (kNarrow) {
       const Scalar divisor = L::magnitude(divisor_);
       usual = usual && divisor > 0x1p-60f && divisor < 0x1p60f;
     }
-    return usual &&
-           (fits(plan_.gradient) || (sizeof(Logit) == 2 && plan_.gradient.type == Type::kF32));
+    return usual && (fits(plan_.gradient) || (kNarrow && plan_.gradient.type == Type::kF32));
   }
 
   __device__ void clear() {
@@ -220,29 +243,52 @@ class Loop {
     }
   }
 
-  __device__ void point() {
-    logits_from_ = in_register(logits() + element_);
-    if constexpr (kAny)
-      labels_from_ = in_register(static_cast<const char*>(plan_.labels.data) +
-                                 element_ * width_of(plan_.labels.type));
+  template <class Stored>
+  __device__ static auto* place(const void* data, Type type, int64_t element) {
+    if constexpr (std::is_same_v<Stored, Any>)
+      return in_register(static_cast<const char*>(data) + element * width_of(type));
     else
-      labels_from_ = in_register(static_cast<const Label*>(plan_.labels.data) + element_);
-    gradient_to_ = in_register(static_cast<Logit*>(plan_.gradient.data) + element_);
+      return in_register(static_cast<const Stored*>(data) + element);
+  }
+  __device__ void point() {
+    logits_from_ = place<Logit>(plan_.logits.data, type(), element_);
+    labels_from_ = place<Label>(plan_.labels.data, plan_.labels.type, element_);
+    gradient_to_ =
+        const_cast<decltype(gradient_to_)>(place<Logit>(plan_.gradient.data, type(), element_));
   }
 
   // Loads a turn, in the distance `at` from the thread's element.
   __device__ void fetch(int at, bool aligned) {
     BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q)
-      logits_[q] = Quad<Logit>::load(logits_from_ + at + 32 * q, aligned);
+    for (int q = 0; q < kQuads; ++q) {
+      if constexpr (kAnyLogit) {
+        if (type() == Type::kF32) {
+          const auto* from = reinterpret_cast<const float*>(logits_from_);
+          logits_[q] = Logits::load(from + at + 32 * q, aligned);
+        } else {
+          const auto* from = reinterpret_cast<const uint16_t*>(logits_from_);
+          float values[kQuad];
+          read_pairs(Quad<uint16_t>::load(from + at + 32 * q, aligned), values);
+          logits_[q] = Logits::rounded(values);
+        }
+      } else {
+        logits_[q] = Logits::load(logits_from_ + at + 32 * q, aligned);
+      }
+    }
     if (plan_.labels.form != Form::kEach) return;
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
       if constexpr (kAny)
         labels_[q].load(plan_.labels.type, labels_from_, at + 32 * q, aligned);
       else
-        labels_[q] = Quad<Label>::load(labels_from_ + at + 32 * q, aligned);
+        labels_[q] = Labels::load(labels_from_ + at + 32 * q, aligned);
     }
+  }
+  __device__ void set_logit(int q, int c, int64_t at) {
+    if constexpr (kAnyLogit)
+      logits_[q].set(c, number_at<Scalar>(plan_.logits.data, type(), at));
+    else
+      logits_[q].set(c, static_cast<const Logit*>(plan_.logits.data)[at]);
   }
   __device__ void set_label(int q, int c, int64_t at) {
     if constexpr (kAny)
@@ -254,27 +300,73 @@ class Loop {
   // Loads the elements of a turn that is not full. Where there are none, logit and label have a
   // loss of exactly 0.
   __device__ void gather() {
-    Logit minus_infinity;
-    round_to(&minus_infinity, -Format<Scalar>::kInfinity);
+    constexpr Scalar kInfinity = Format<Scalar>::kInfinity;
+    const Scalar absent[kQuad] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
-      labels_[q] = {};
+      logits_[q] = rounded(absent), labels_[q] = {};
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         const int64_t element = element_ + 32 * q + c;
-        const bool there = 32 * q + c < left_;
-        logits_[q].set(c, there ? logits()[element] : minus_infinity);
-        if (there) set_label(q, c, plan_.labels.form == Form::kOne ? 0 : element);
+        if (32 * q + c >= left_) continue;
+        set_logit(q, c, element);
+        set_label(q, c, plan_.labels.form == Form::kOne ? 0 : element);
       }
     }
   }
-  __device__ Scalar label(const Labels& labels, int c) const {
-    if constexpr (kAny)
-      return labels.get(c, plan_.labels.type);
-    else if constexpr (std::is_same_v<Label, uint8_t>)
-      return label_of<Scalar>(plan_.labels.type, labels.get(c));
-    else
-      return convert(labels.get(c));
+  __device__ void read_logits(const Logits& logits, Scalar* x) const {
+    if constexpr (sizeof(Logit) == 2) {
+      read_pairs(logits, x);
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) x[c] = convert(logits.get(c));
+    }
+  }
+  __device__ void read_labels(const Labels& labels, Scalar* y) const {
+    if constexpr (kAny) {
+      labels.get(plan_.labels.type, y);
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        if constexpr (std::is_same_v<Label, uint8_t>)
+          y[c] = label_of<Scalar>(plan_.labels.type, labels.get(c));
+        else
+          y[c] = convert(labels.get(c));
+      }
+    }
+  }
+
+  // Of 16-bit logits: pairs of them to and from float32.
+  __device__ Scalar of_pair(uint32_t pair, bool second) const {
+    return type() == Type::kF16 ? convert_pair(__half(), pair, second)
+                                : convert_pair(__nv_bfloat16(), pair, second);
+  }
+  template <class Stored>
+  __device__ void read_pairs(const Quad<Stored>& pairs, Scalar* x) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c)
+      x[c] = of_pair(c < 2 ? pairs.vectors[0].x : pairs.vectors[0].y, c % 2);
+  }
+  __device__ uint32_t to_pair(Scalar first, Scalar second) const {
+    uint32_t bits;
+    if (type() == Type::kF16) {
+      const auto pair = round_pair(__half(), first, second);
+      memcpy(&bits, &pair, sizeof bits);
+    } else {
+      const auto pair = round_pair(__nv_bfloat16(), first, second);
+      memcpy(&bits, &pair, sizeof bits);
+    }
+    return bits;
+  }
+  __device__ Logits rounded(const Scalar* values) const {
+    if constexpr (sizeof(Logit) == 2) {
+      Logits quad;
+      quad.vectors[0].x = to_pair(values[0], values[1]);
+      quad.vectors[0].y = to_pair(values[2], values[3]);
+      return quad;
+    } else {
+      return Logits::rounded(values);
+    }
   }
 
   __device__ static bool is_common(Scalar x) { return L::magnitude(x) <= Format<Scalar>::kCommon; }
@@ -294,20 +386,22 @@ class Loop {
   // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
   // kind of turn.
   __device__ int common_turns(int size, int octet) {
+    if constexpr (kFocal || (kModified && sizeof(Logit) == 8)) return 0;
     if (!usual_ || !plan_.dense) return 0;
-    if (kModified && (!plan_.common_modifiers || smoothing_ != 0 || sizeof(Logit) == 8)) return 0;
+    if (kModified && (!plan_.common_modifiers || smoothing_ != 0)) return 0;
     // A thread without elements evaluates those of the first octet once more, and keeps nothing.
     if (!there_) element_ -= octet * 256;
     int at = 0;
     if constexpr (kModified) {
-      if constexpr (sizeof(Logit) < 8)
-        at = plan_.uses == 1u << kWeight ? turns<false, true, true, true>(size)
-                                         : turns<false, true>(size);
+      at = plan_.uses == 1u << kWeight ? turns<false, true, true, true>(size)
+                                       : turns<false, true>(size);
+    } else if constexpr (kFewLoops) {
+      at = soft_ ? turns<true, false>(size) : turns<false, false>(size);
     } else if (soft_ && !plan_.direct) {
       soft_ = smoothing_ != 0;  // the next one may be hard again
     } else if (soft_) {
       at = turns<true, true>(size);
-    } else if (!plan_.direct || sizeof(Logit) == 8) {
+    } else if (!plan_.direct) {
       at = turns<false, false>(size);
     } else {
       at = with_gradient() ? turns<false, true, true>(size) : turns<false, true, false>(size);
@@ -342,7 +436,7 @@ class Loop {
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q) {
         if constexpr (kSoft)
-          evaluate_soft(at + 32 * q, turn.x[q], turn.labels[q]);
+          evaluate_soft<kDirect>(at + 32 * q, turn.x[q], turn.labels[q]);
         else if constexpr (kModified)
           evaluate_weighted<kWeightOnly>(at + 32 * q, turn.x[q], turn.labels[q],
                                          turn.ignored >> 4 * q);
@@ -365,10 +459,11 @@ class Loop {
   __device__ void read(Turn<true>* turn) const {
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
+      read_logits(logits_[q], turn->x[q]);
+      read_labels(labels_[q], turn->labels[q]);
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        const Scalar x = convert(logits_[q].get(c)), y = label(labels_[q], c);
-        turn->x[q][c] = x, turn->labels[q][c] = y;
+        const Scalar x = turn->x[q][c], y = turn->labels[q][c];
         turn->common &= is_common(x) && L::magnitude(y) <= 1;
         if (kNarrow) turn->common &= y >= 0;
         turn->soft |= L::to_bits(L::fma(y, y, -y));
@@ -381,7 +476,7 @@ class Loop {
   __device__ void read_turned(Turn<false>* turn) const {
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
-      const Quad<Logit>& logits = logits_[q];
+      const Logits& logits = logits_[q];
       auto* labels = turn->labels[q];
       if constexpr (kNarrow) {
         if constexpr (std::is_same_v<Label, uint8_t>) {
@@ -399,27 +494,29 @@ class Loop {
           labels[0] = sign(words.x), labels[1] = sign(words.y);
         } else {
           labels[0] = labels[1] = 0;
+          Scalar y[kQuad];
+          read_labels(labels_[q], y);
           BCE_UNROLL
           for (int c = 0; c < kQuad; ++c) {
-            const Scalar y = label(labels_[q], c);
-            turn->soft |= L::to_bits(L::fma(y, y, -y));
-            if (y == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+            turn->soft |= L::to_bits(L::fma(y[c], y[c], -y[c]));
+            if (y[c] == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
           }
         }
         const uint32_t pairs[] = {in_register(logits.vectors[0].x ^ labels[0]),
                                   in_register(logits.vectors[0].y ^ labels[1])};
         BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = convert_pair(Logit(), pairs[c / 2], c % 2);
+        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = of_pair(pairs[c / 2], c % 2);
       } else {
         if constexpr (std::is_same_v<Label, uint8_t>)
           turn_by_bytes<kIgnores>(labels_[q].vectors[0], q, turn);
-        else if (kAny && width_of(plan_.labels.type) == 1)
+        else if (kAny && kWidths & 1 && width_of(plan_.labels.type) == 1)
           turn_by_bytes<kIgnores>(word_of(labels_[q]), q, turn);
         else
           turn_by_numbers<kIgnores>(q, turn);
+        Scalar x[kQuad];
+        read_logits(logits, x);
         BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          turn->x[q][c] = in_register(convert(logits.get(c)) * labels[c]);
+        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = in_register(x[c] * labels[c]);
       }
       if constexpr (!kNarrow) {
         BCE_UNROLL
@@ -431,7 +528,9 @@ class Loop {
       BCE_UNROLL
       for (int q = 0; q < kQuads; ++q)
         largest = with_pair(with_pair(largest, logits_[q].vectors[0].x), logits_[q].vectors[0].y);
-      turn->common = all_within(largest, bits_of<Logit>(Format<Scalar>::kCommon));
+      constexpr Scalar kCommon = Format<Scalar>::kCommon;
+      turn->common = all_within(largest, type() == Type::kF16 ? bits_of<__half>(kCommon)
+                                                              : bits_of<__nv_bfloat16>(kCommon));
     }
   }
 
@@ -461,9 +560,11 @@ class Loop {
 
   template <bool kIgnores>
   __device__ void turn_by_numbers(int q, Turn<false>* turn) const {
+    Scalar labels[kQuad];
+    read_labels(labels_[q], labels);
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      Scalar y = label(labels_[q], c);
+      Scalar y = labels[c];
       if (kIgnores && uses(kIgnoreLabel)) {
         const bool ignored = plan_.labels.type == Type::kI32 ? word_of(labels_[q], c) == ignored_
                                                              : y == ignored_number_;
@@ -507,16 +608,16 @@ class Loop {
     keep(at, losses, [&] {
       Scalar values[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = rest_ * rounded_once(losses[c], kTypeOf<Logit>);
-      put<kDirect>(plan_.loss, at, Quad<Logit>::rounded(values));
+      for (int c = 0; c < kQuad; ++c) values[c] = rest_ * rounded_once(losses[c], type());
+      put<kDirect>(plan_.loss, at, rounded(values));
     });
     if (kGradient && (kDirect || with_gradient())) {
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
-        values[c] = rest_ * turns[c] *
-                    rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
-      put<kDirect>(plan_.gradient, at, Quad<Logit>::rounded(values));
+        values[c] =
+            rest_ * turns[c] * rounded_once(turned_gradient_of<L>(z[c], exponential[c]), type());
+      put<kDirect>(plan_.gradient, at, rounded(values));
     }
   }
 
@@ -547,22 +648,23 @@ class Loop {
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c) values[c] = masked >> c & 1 ? 0 : values[c];
       }
-      put<true>(result, at, Quad<Logit>::rounded(values));
+      put_as_logits(result, at, values);
     };
     Pair<Scalar> products[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) products[c] = weighted<L, true>(losses[c], weight[c]);
     Scalar values[kQuad];
     keep(at, products, [&] {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = rounded_once(losses[c], kTypeOf<Logit>);
+      round_once(losses, type(), values);
       put_weighted(plan_.loss, values);
     });
     if (with_gradient()) {
+      Pair<Scalar> gradients[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        values[c] =
-            turns[c] * rounded_once(turned_gradient_of<L>(z[c], exponential[c]), kTypeOf<Logit>);
+      for (int c = 0; c < kQuad; ++c) gradients[c] = turned_gradient_of<L>(z[c], exponential[c]);
+      round_once(gradients, type(), values);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] *= turns[c];
       put_weighted(plan_.gradient, values);
     }
   }
@@ -652,7 +754,7 @@ class Loop {
       keep(at, pairs, [&] {
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c) losses[c] *= rest_;
-        put<kDirect>(plan_.loss, at, pairs_of(losses));
+        put<kDirect>(plan_.loss, at, rounded(losses));
       });
     }
     if (kGradient && (kDirect || with_gradient())) {
@@ -662,8 +764,8 @@ class Loop {
         const Scalar e = narrow[c].e;
         values[c] = hard_gradient_of<L>(z[c], e, L::fma(e, divisor_, divisor_));
       }
-      if (kDirect || plan_.gradient.type == kTypeOf<Logit>) {
-        Quad<Logit> quad = pairs_of(values);
+      if (kDirect || plan_.gradient.type == type()) {
+        Logits quad = rounded(values);
         quad.vectors[0].x ^= signs[0];
         quad.vectors[0].y ^= signs[1];
         put<kDirect>(plan_.gradient, at, quad);
@@ -678,6 +780,7 @@ class Loop {
     }
   }
 
+  template <bool kDirect>
   __device__ void evaluate_soft(int at, const Scalar* x, const Scalar* y) {
     Pair<Scalar> losses[kQuad];
     Scalar gradients[kQuad];
@@ -700,48 +803,47 @@ class Loop {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         losses[c] = loss_from<L, true>(x[c], coefficients[c], log1p_of<L>(exponential[c]), 1);
-        if (!plan_.reduce) losses[c].high = rounded_once(losses[c], kTypeOf<Logit>) * rest_;
+        if (!plan_.reduce) losses[c].high = rounded_once(losses[c], type()) * rest_;
       }
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
         gradients[c] =
             rounded_once(gradient_from<L>(x[c], coefficients[c], sigmoid_of<L>(exponential[c]), 1),
-                         kTypeOf<Logit>) *
+                         type()) *
             rest_;
     }
     keep(at, losses, [&] {
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) values[c] = losses[c].high;
-      put<true>(plan_.loss, at, Quad<Logit>::rounded(values));
+      put<kDirect>(plan_.loss, at, rounded(values));
     });
-    if (with_gradient()) {
-      put<true>(plan_.gradient, at, Quad<Logit>::rounded(gradients));
-    }
+    if (!with_gradient()) return;
+    if (kNarrow && !kDirect && plan_.gradient.type != type())
+      put<kDirect>(plan_.gradient, at, Quad<Scalar>::rounded(gradients));
+    else
+      put<kDirect>(plan_.gradient, at, rounded(gradients));
   }
 
   // Stores a quad in the distance `at` from the thread's element.
   template <bool kDirect, class Stored>
   __device__ void put(const Result& result, int at, const Quad<Stored>& quad) const {
-    Stored* to;
-    if constexpr (std::is_same_v<Stored, Logit>)
-      to = (&result == &plan_.gradient ? gradient_to_
-                                       : static_cast<Logit*>(result.data) + element_) +
-           at;
-    else
-      to = static_cast<Stored*>(result.data) + element_ + at;
+    Stored* to = static_cast<Stored*>(result.data) + element_ + at;
+    if constexpr (kAnyLogit || std::is_same_v<Stored, Logit>)
+      if (&result == &plan_.gradient) to = reinterpret_cast<Stored*>(gradient_to_) + at;
     if (kDirect || plan_.aligned)
       quad.store(to, there_);
     else
       quad.store_each(to, there_);
   }
-  __device__ static Quad<Logit> pairs_of(const Scalar* values) {
-    const auto first = round_pair(Logit(), values[0], values[1]);
-    const auto second = round_pair(Logit(), values[2], values[3]);
-    Quad<Logit> quad;
-    memcpy(&quad.vectors[0].x, &first, sizeof first);
-    memcpy(&quad.vectors[0].y, &second, sizeof second);
-    return quad;
+  // The same of any logits' type.
+  __device__ void put_as_logits(const Result& result, int at, const Scalar* values) const {
+    if (type() == Type::kF32)
+      put<true>(result, at, Quad<float>::rounded(values));
+    else if (type() == Type::kF16)
+      put<true>(result, at, Quad<__half>::rounded(values));
+    else
+      put<true>(result, at, Quad<__nv_bfloat16>::rounded(values));
   }
 
   // A turn of any elements.
@@ -771,12 +873,10 @@ class Loop {
   __device__ void plain_quad() {
     if (left_ <= 0) return;
     Scalar x[kQuad], y[kQuad], smoothing[kQuad];
+    read_logits(logits_[0], x);
+    read_labels(labels_[0], y);
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      x[c] = convert(logits_[0].get(c));
-      y[c] = label(labels_[0], c);
-      smoothing[c] = c < left_ ? smoothing_ : 0;
-    }
+    for (int c = 0; c < kQuad; ++c) smoothing[c] = c < left_ ? smoothing_ : 0;
     Pair<Scalar> losses[kQuad] = {};
     Scalar gradients[kQuad] = {};
     if constexpr (kNarrow)
@@ -819,7 +919,7 @@ class Loop {
     }
   }
 
-  static constexpr int kDigits = std::is_same_v<Logit, __half> ? 11 : 8;
+  static constexpr int kDigits = std::is_same_v<Logit, __nv_bfloat16> ? 8 : 11;  // or fewer
 
   // 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow. Each element is
   // evaluated as its own value asks, so that its bits do not depend on its neighbors.
@@ -856,16 +956,15 @@ class Loop {
       column = column_ - quotient * plan_.inner;
     }
     const auto load = [&](const Input& input) { numbers(input, row, column, number); };
-    if (!plan_.dense) {
+    if (plan_.dense) {
+      read_logits(logits_[0], x);
+      read_labels(labels_[0], y);
+    } else {
       numbers(plan_.logits, row, column, x);
       numbers(plan_.labels, row, column, y);
     }
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) {
-      if (plan_.dense) {
-        x[c] = convert(logits_[0].get(c));
-        y[c] = label(labels_[0], c);
-      }
       exists[c] = c < left_;
       rest[c] = rest_;
       power[c] = power_;
@@ -919,7 +1018,12 @@ class Loop {
     }
     // From here on, the weights become the losses.
     Scalar gradients[kQuad] = {};
-    if (plan_.total) {
+    if constexpr (kFocal) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        weight[c] = {weight[c].high * power[c], weight[c].low * power[c]};
+      evaluate_focal(x, y, row, column, rest, weight, gradients);
+    } else if (plan_.total) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c)
         weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
@@ -966,6 +1070,95 @@ class Loop {
       else
         weight[c] = {result(loss, plan_.loss.type), 0};
     }
+  }
+
+  // An element at a time: the compiler takes its time for these formulas.
+  __device__ void evaluate_focal(const Scalar* x, const Scalar* y, int64_t row, uint32_t column,
+                                 const Scalar* rest, Pair<Scalar>* weight, Scalar* gradients) {
+    struct Element {
+      Scalar x, y, smoothing, rest;
+      Scalar numbers[kClip - kAlpha + 1];
+    } elements[kQuad];
+    Scalar numbers_of_quad[kQuad];
+    numbers(plan_.smoothing, row, column, numbers_of_quad);
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) elements[c] = {x[c], y[c], numbers_of_quad[c], rest[c], {}};
+    BCE_UNROLL
+    for (int name = kAlpha; name <= kClip; ++name) {
+      const Input& input = plan_.modifiers[name == kGammaPos && !given(kGammaPos) ? kGamma : name];
+      if (!input.data) continue;
+      numbers(input, row, column, numbers_of_quad);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) elements[c].numbers[name - kAlpha] = numbers_of_quad[c];
+    }
+#pragma unroll 1
+    for (int c = 0; c < kQuad; ++c) {
+      const Element element = elements[0];
+      const auto number = [&](ModifierName name) { return element.numbers[name - kAlpha]; };
+      const FocalResult<Scalar> result =
+          focal_of(element.x, element.y, element.smoothing,
+                   focus_of(number(kGamma), number(kGammaPos), number(kClip)));
+      Pair<Scalar> loss = weight[0];
+      if (given(kAlpha))
+        loss = product_of<L>(loss, balance_of<L>(number(kAlpha), element.y, element.smoothing));
+      const auto scaled = [&](Scalar value) {
+        return weighted<L>(Pair<Scalar>{value, 0}, loss.high).high * element.rest;
+      };
+      const Scalar gradient = scaled(result.gradient);
+      if (plan_.reduce)
+        loss = weighted<L>(result.loss, loss);
+      else
+        loss = {scaled(rounded_once(result.loss, plan_.loss.type)), 0};
+      BCE_UNROLL
+      for (int next = 1; next < kQuad; ++next) {
+        elements[next - 1] = elements[next];
+        weight[next - 1] = weight[next];
+        gradients[next - 1] = gradients[next];
+      }
+      weight[kQuad - 1] = loss, gradients[kQuad - 1] = gradient;
+    }
+  }
+
+  __device__ Focus<Scalar> focus_of(Scalar gamma_neg, Scalar gamma_pos, Scalar clip) {
+    Focus<Scalar> focus = {gamma_neg, gamma_pos, 0, -0x1p100, 0, 0, 0};
+    focus.integer_neg = integer_of(gamma_neg), focus.integer_pos = integer_of(gamma_pos);
+    if (!given(kClip)) return focus;
+    if (clip != clip_) {  // computed anew
+      clip_ = clip, clip_logit_ = {-0x1p100, 0};
+      if (clip != 0) {
+        const Pair<double> logit = logit_of<Lane<double>>(clip);
+        clip_logit_.high = static_cast<Scalar>(logit.high);
+        clip_logit_.low = static_cast<Scalar>(logit.high - clip_logit_.high + logit.low);
+      }
+    }
+    focus.clip = clip, focus.clip_logit = clip_logit_.high, focus.clip_logit_low = clip_logit_.low;
+    return focus;
+  }
+  // A gamma for product_power_of, or -1.
+  __device__ static int integer_of(Scalar gamma) {
+    return gamma == 0 || gamma == 1 || gamma == 2 || gamma == 4 ? static_cast<int>(gamma) : -1;
+  }
+
+  template <bool kClips, bool kProducts>
+  __device__ FocalResult<Scalar> hard(Scalar x, Scalar y, const Focus<Scalar>& focus) const {
+    const Exponential<L> exponential = exp_of<L, true, kClips>(x);
+    HardFocal<L, kClips, kProducts> element = {};
+    element.probabilities(x, y, exponential);
+    if constexpr (kClips) element.clip(y, focus);
+    element.logarithms(exponential);
+    return element.result(y, focus, plan_.constant_power);
+  }
+  __device__ FocalResult<Scalar> focal_of(Scalar x, Scalar y, Scalar smoothing,
+                                          const Focus<Scalar>& focus) const {
+    const bool clips = given(kClip);
+    if (is_hard<L>(x, y, smoothing)) {
+      if constexpr (sizeof(Scalar) == 4)  // float64 has the same bits without it
+        if (focus.integer_neg >= 0 && focus.integer_pos >= 0)
+          return clips ? hard<true, true>(x, y, focus) : hard<false, true>(x, y, focus);
+      return clips ? hard<true, false>(x, y, focus) : hard<false, false>(x, y, focus);
+    }
+    const auto exponential = clips ? exp_of<L, false, true>(x) : exp_of<L>(x);
+    return soft_focal_of<L>(x, y, smoothing, exponential, focus, plan_.constant_power);
   }
 
   // A modifier's numbers for the quad, which begins in this row and column.
@@ -1048,10 +1241,10 @@ class Loop {
   int left_;
   int64_t element_;
   int place_;
-  const Logit* logits_from_;
-  std::conditional_t<kAny, const char*, const Label*> labels_from_;
-  Logit* gradient_to_;
-  Quad<Logit> logits_[kQuads];
+  const std::conditional_t<kAnyLogit, char, Logit>* logits_from_;
+  const std::conditional_t<kAny, char, Label>* labels_from_;
+  std::conditional_t<kAnyLogit, char, Logit>* gradient_to_;
+  Logits logits_[kQuads];
   Labels labels_[kQuads];
   // Of the matrix with plan_.inner columns: the row in which the group begins, and the turn's
   // distance from that row's begin.
@@ -1060,6 +1253,9 @@ class Loop {
   // The ignored label as it is stored, if it is an integer, and as a number.
   uint32_t ignored_;
   Scalar ignored_number_;
+  // Of a focal loss: the last clip, and its logit.
+  Scalar clip_ = 0;
+  Pair<Scalar> clip_logit_ = {-0x1p100, 0};
   double high_[kQuad];
   Scalar low_[kQuad];
 };

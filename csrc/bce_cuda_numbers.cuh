@@ -83,7 +83,6 @@ struct Lane {
   }
 };
 
-__device__ float convert(__half value) { return __half2float(value); }
 __device__ float convert(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ float convert(float value) { return value; }
 __device__ double convert(double value) { return value; }
@@ -184,8 +183,12 @@ __device__ bool same_number(Type type, const void* a, int64_t i, const void* b, 
   }
 }
 
-// Replaces the type of labels that may have any.
+// Replaces the type of numbers that may have any. Of logits, one with arithmetic in float32; those
+// of 16 bits are also read as they are, as uint16_t.
 struct Any {};
+
+template <class Logit>
+using ScalarOf = std::conditional_t<std::is_same_v<Logit, double>, double, float>;
 
 template <class Stored>
 constexpr Type kTypeOf = std::is_same_v<Stored, __half>          ? Type::kF16
@@ -314,65 +317,84 @@ BCE_INLINE int width_of(Type type) {
   return kWidths >> 4 * static_cast<int>(type) & 0xf;
 }
 
-// Four labels: as stored if they fit, else as Scalars.
-template <class Scalar>
-struct AnyLabels {
+// Four numbers of any type whose width is one of kWidths, a sum of 1, 2, 4 and 8: as stored if they
+// fit, else as Scalars.
+template <class Scalar, int kWidths>
+struct AnyQuad {
   uint4 words[sizeof(Scalar) / 4];
 
   __device__ void load(Type type, const void* data, int offset, bool aligned) {
     const int width = width_of(type);
-    const void* from = static_cast<const char*>(data) + offset * width;
-    if (aligned && width == 4) {
-      words[0] = __ldcs(static_cast<const uint4*>(from));
-    } else if (aligned && width == 1) {
-      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
-    } else if (aligned && width == 2) {
-      const uint2 two = __ldcs(static_cast<const uint2*>(from));
-      words[0].x = two.x, words[0].y = two.y;
-    } else {
+    const void* from = static_cast<const char*>(data) + int64_t{offset} * width;
+    if (!aligned || is<8>(width)) {
       *this = {};
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) set(c, type, data, offset + c);
+    } else if (is<4>(width)) {
+      words[0] = __ldcs(static_cast<const uint4*>(from));
+    } else if (is<2>(width)) {
+      const uint2 two = __ldcs(static_cast<const uint2*>(from));
+      words[0].x = two.x, words[0].y = two.y;
+    } else {
+      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
     }
   }
   __device__ void set(int c, Type type, const void* data, int64_t i) {
-    switch (width_of(type)) {
-      case 1:
-        words[0].x |= uint32_t{static_cast<const uint8_t*>(data)[i]} << 8 * c;
-        break;
-      case 2:
-        (c < 2 ? words[0].x : words[0].y) |= uint32_t{static_cast<const uint16_t*>(data)[i]}
-                                             << 16 * (c % 2);
-        break;
-      case 4:
-        word(c) = static_cast<const uint32_t*>(data)[i];
-        break;
-      default:
-        const auto bits = Lane<Scalar>::to_bits(number_at<Scalar>(data, type, i));
-        constexpr int kWords = sizeof bits / 4;
-        BCE_UNROLL
-        for (int i = 0; i < kWords; ++i)
-          word(c * kWords + i) = static_cast<uint32_t>(uint64_t{bits} >> 32 * i);
+    const int width = width_of(type);
+    if (is<4>(width)) {
+      word(c) = static_cast<const uint32_t*>(data)[i];
+    } else if (is<2>(width)) {
+      word(c / 2) |= uint32_t{static_cast<const uint16_t*>(data)[i]} << 16 * (c % 2);
+    } else if (is<1>(width)) {
+      word(0) |= uint32_t{static_cast<const uint8_t*>(data)[i]} << 8 * c;
+    } else {
+      const auto bits = Lane<Scalar>::to_bits(number_at<Scalar>(data, type, i));
+      constexpr int kWords = sizeof bits / 4;
+      BCE_UNROLL
+      for (int i = 0; i < kWords; ++i)
+        word(c * kWords + i) = static_cast<uint32_t>(uint64_t{bits} >> 32 * i);
     }
   }
   __device__ uint32_t& word(int i) {
     uint4& four = words[i / 4];
     return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
   }
-  __device__ uint32_t word(int i) const { return const_cast<AnyLabels*>(this)->word(i); }
-  __device__ Scalar get(int c, Type type) const {
-    switch (width_of(type)) {
-      case 1:
-        return label_of<Scalar>(type, static_cast<uint8_t>(words[0].x >> 8 * c));
-      case 2:
-        return label_of<Scalar>(
-            type, static_cast<uint16_t>((c < 2 ? words[0].x : words[0].y) >> 16 * (c % 2)));
-      case 4:
-        return label_of<Scalar>(type, word(c));
-      default:
+  __device__ uint32_t word(int i) const { return const_cast<AnyQuad*>(this)->word(i); }
+
+  // One decision for all four.
+  __device__ void get(Type type, Scalar* values) const {
+    const int width = width_of(type);
+    const auto each = [&](const auto& value) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] = value(c);
+    };
+    const auto half = [&](int c) { return static_cast<uint16_t>(word(c / 2) >> 16 * (c % 2)); };
+    if (is<4>(width)) {
+      if (type == Type::kF32)
+        each([&](int c) { return label_of<Scalar>(Type::kF32, word(c)); });
+      else
+        each([&](int c) { return label_of<Scalar>(Type::kI32, word(c)); });
+    } else if (is<2>(width)) {
+      if (type == Type::kBF16)
+        each([&](int c) { return label_of<Scalar>(Type::kBF16, half(c)); });
+      else if (type == Type::kF16)
+        each([&](int c) { return label_of<Scalar>(Type::kF16, half(c)); });
+      else
+        each([&](int c) { return label_of<Scalar>(Type::kI16, half(c)); });
+    } else if (is<1>(width)) {
+      each([&](int c) { return label_of<Scalar>(type, static_cast<uint8_t>(word(0) >> 8 * c)); });
+    } else {
+      each([&](int c) -> Scalar {
         if constexpr (sizeof(Scalar) == 4) return __uint_as_float(word(c));
         return Lane<Scalar>::from_bits(uint64_t{word(2 * c + 1)} << 32 | word(2 * c));
+      });
     }
+  }
+
+ private:
+  template <int kWidth>
+  __device__ static bool is(int width) {
+    return (kWidths & kWidth) && (kWidths == kWidth || width == kWidth);
   }
 };
 
@@ -401,6 +423,16 @@ __device__ Scalar rounded_once(Pair<Scalar> value, Type type) {
   // As in bce_cpu.cc, bfloat16 does not need it.
   if (type == Type::kF16) value.high = round_to_odd<Lane<Scalar>>(value.high, value.low);
   return value.high;
+}
+
+// The same of a quad, with one decision for all.
+template <class Scalar>
+__device__ void round_once(const Pair<Scalar>* pairs, Type type, Scalar* values) {
+  BCE_UNROLL
+  for (int c = 0; c < kQuad; ++c) values[c] = fast_two_sum(pairs[c].high, pairs[c].low).high;
+  if (type != Type::kF16) return;
+  BCE_UNROLL
+  for (int c = 0; c < kQuad; ++c) values[c] = rounded_once(pairs[c], type);
 }
 
 template <class Scalar>

@@ -74,6 +74,17 @@ BCE_INLINE Pair<typename Lanes::Float> minus_log_of(Pair<typename Lanes::Float> 
   return fast_two_sum(sum.high, sum.low + Lanes::fma(power, Lanes::set(F::kLn2Low), -log1p.low));
 }
 
+// log(p / (1 - p)) for 0 < p < 1.
+template <class Lanes>
+BCE_INLINE Pair<typename Lanes::Float> logit_of(typename Lanes::Float p) {
+  using Float = typename Lanes::Float;
+  const Pair<Float> positive = {p, Lanes::set(0)}, negative = fast_two_sum(Lanes::set(1), -p);
+  const Pair<Float> a = minus_log_of<Lanes, true>(positive, negative);
+  const Pair<Float> b = minus_log_of<Lanes, true>(negative, positive);
+  const Pair<Float> sum = two_sum(b.high, -a.high);
+  return {sum.high, sum.low + (b.low - a.low)};
+}
+
 // base^gamma as a product, for gammas of 0, 1, 2 and 4 and a result that is a normal number.
 template <class Lanes>
 BCE_INLINE Pair<typename Lanes::Float> product_power_of(Pair<typename Lanes::Float> base,

@@ -8,13 +8,14 @@
 //     jax_bce_v2_grad            (logits, labels, scale, smoothing) -> gradient
 //     jax_bce_v2_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
-// "modifiers", and, with the next two bits, a divisor and its rounding error. With the bit after
-// those, the gradient takes the power of a focal loss for a constant. On "CUDA", one more
-// result may follow: a workspace for the sums of groups, if a row has several. The operands have
-// the same rank and are broadcast against each other (dimensions of size 1); scalars are broadcast,
-// too. The gradient has their common shape. `reduced_rank` trailing dimensions are summed into the
-// loss, which has the arithmetic's type, or float64 if the caller adds up further. If everything is
-// summed, a float64 loss may have any number of elements: the first is the sum, the others are 0.
+// "modifiers", and, with the next two bits, a divisor and its rounding error, in one shape. With
+// the bit after those, the gradient takes the power of a focal loss for a constant. On "CUDA", one
+// more result may follow: a workspace for the sums of groups, if a row has several. The operands
+// have the same rank and are broadcast against each other (dimensions of size 1); scalars are
+// broadcast, too. The gradient has their common shape. `reduced_rank` trailing dimensions are
+// summed into the loss, which has the arithmetic's type, or float64 if the caller adds up further.
+// If everything is summed, a float64 loss may have any number of elements: the first is the sum,
+// the others are 0.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -173,6 +174,12 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
     operands[i]->data = part.untyped_data();
   }
+  const auto shape_of = [&](int i) {
+    const auto shape = buffer_of(i).dimensions();
+    return std::vector<int64_t>(shape.begin(), shape.end());
+  };
+  if (divides && shape_of(kDivisor) != shape_of(kDivisor + 1))
+    return invalid("divisor and divisor_low differ in shape");
   const auto dimension_of = [&](int i, int64_t d) -> int64_t {
     if (i >= kDivisor && !divides) return 1;
     return buffer_of(i).dimensions().size() == 0 ? 1 : buffer_of(i).dimensions()[d];

@@ -23,7 +23,6 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
-  if (problem.is_focal()) return invalid("the CUDA kernel has no focal loss");
   problem.total = kTotal;
   if (kTotal && !problem.reduce) return invalid("total needs a reduced_rank of at least 1, got 0");
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};

@@ -193,6 +193,13 @@ class Call {
     const double positive = y * (has(kPosWeight) ? 4 : 1), negative = 1 - y;
     if (c.total) return {weight, 0, 0};
     const Row& r = row(i);
+    if (has(kGamma)) {  // which is 2; labels are hard
+      const bool one = label(i) == 1;
+      const double other = one ? r.down : r.up, own = one ? r.up : r.down;
+      const double cross = one ? r.below : r.above, power = weight * other * other;
+      const double slope = power * (other + times(2 * own, cross));
+      return {times(power, cross), one ? -slope : slope, slope};
+    }
     return {weight * (times(positive, r.below) + times(negative, r.above)),
             weight * (negative * r.up - positive * r.down),
             weight * std::max(negative * r.up, positive * r.down)};
@@ -226,7 +233,7 @@ class Call {
     problem.scale = operand(arithmetic, 1, [](int64_t) { return 4 * kFactor; });
     problem.inverse_count = 0.25;
     problem.smoothing = operand(arithmetic, 1, [&](int64_t) { return smooth() ? 0.5 : 0; });
-    problem.modified = c.modifiers != 0;
+    problem.modified = c.modifiers & ((1 << kModifiersOfAll) - 1);
     const auto modify = [&](int name, Type type, int64_t count, auto value) {
       if (!has(name)) return;
       Modifier& m = problem.modifiers[name];
@@ -240,6 +247,7 @@ class Call {
     modify(kPosWeight, kF32, 1, [](int64_t) { return 4; });
     modify(kWhere, Type::kBool, size, [](int64_t i) { return i % 3 != 0; });
     modify(kIgnoreLabel, c.labels, 1, [](int64_t) { return 1; });
+    modify(kGamma, kF32, 1, [](int64_t) { return 2; });
     problem.total = c.total;
     problem.reduce = c.reduce;
     const auto result = [&](bool wanted, Type type, int64_t count, size_t* at) {
@@ -256,7 +264,8 @@ class Call {
   void check(std::vector<char>& found) const {
     const int64_t size = c.rows * c.columns;
     // Of an element of 16 bits as float32, a kernel for 16-bit results need not know more digits.
-    const double ulps = c.results != c.logits ? 32 : format(c.results).ulps;
+    const double of_focal = has(kGamma) ? 4 : 1;  // whose contract is wider
+    const double ulps = c.results != c.logits ? 32 : of_focal * format(c.results).ulps;
     const auto compare = [&](const char* what, size_t at, Type type, int64_t i, double exact,
                              double allowed) {
       char* where = &found[at + i * format(type).bytes];
@@ -278,7 +287,7 @@ class Call {
       long double sum = 0;
       for (int64_t i = row * c.columns; i < (row + 1) * c.columns; ++i) sum += expected(i).loss;
       compare("sum", loss_, c.logits == kF64 ? kF64 : kF32, row, static_cast<double>(sum),
-              format(c.logits).sum * static_cast<double>(sum));
+              of_focal * format(c.logits).sum * static_cast<double>(sum));
     }
     // With the results gone, everything is as it was but for the workspace.
     const size_t room = cuda_workspace(c.rows, c.columns) * sizeof(double);
@@ -329,6 +338,8 @@ void test(cudaStream_t stream) {
       run(Type::kU8, 0, false, true, true, true, logits, kWeights);
       run(kF32, 1, true, true, true, true, logits, kWeights);
       run(Type::kU8, 0, false, true, true, true, logits, 1 << kIgnoreLabel);
+      run(Type::kU8, 0, false, true, true, true, logits, 1 << kGamma);
+      run(kF32, 1, false, false, true, true, logits, 1 << kGamma | 1 << kWeight);
       if (logits == kF32 || logits == kF64)
         run(Type::kU8, 0, false, true, true, false, logits, kWeights & ~(1 << kPosWeight), true);
     }

@@ -25,12 +25,19 @@ from pathlib import Path
 from jax_bce import _kernels
 
 # The templates' arguments, as a symbol holds them: the dtypes of logits and labels ("S2_" is the
-# logits' own), and whether there are modifiers.
-LOGITS = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
-LABELS = {"h": "uint8", "f": "float32", "S2_": "bfloat16", "NS0_3AnyE": "any"}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# logits' own: bfloat16, or any), and the kind.
+KINDS_OF_LOSS = ["", "modifiers", "focal"]
+LOGITS = {
+    "6__half": "float16",
+    "13__nv_bfloat16": "bfloat16",
+    "t": "any of 16 bits",
+    "f": "float32",
+    "NS0_3AnyE": "any but float64",
+    "d": "float64",
+}
+LABELS = {"h": "uint8", "f": "float32", "NS0_3AnyE": "any", "S2_": "any"}
 SYMBOL = re.compile(
-    rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})Lb([01]))?E"
+    rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})LNS0_4KindE([012])E)?E"
 )
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)")
 
@@ -272,51 +279,51 @@ def way_in(vote: int, inside: set[int], code: list[Instruction], turn: Turn) -> 
     return []
 
 
-# The loops worth counting: name, dtypes of logits and labels, whether there are modifiers, and the
+# The loops worth counting: name, dtypes of logits and labels, the kind, and the
 # number of elements and the work of a turn. Of modifiers, the selections and products name the way,
 # as its conditions do not.
 LOOPS = {
-    "float32": ("float32", "float32", False, 8, Turn({128: 4}, (128, 2), 16, 8)),
-    "float32, uint8": ("float32", "uint8", False, 8, Turn({128: 2, 32: 2}, (128, 2), 16, 8)),
+    "float32": ("float32", "float32", "", 8, Turn({128: 4}, (128, 2), 16, 8)),
+    "float32, uint8": ("float32", "uint8", "", 8, Turn({128: 2, 32: 2}, (128, 2), 16, 8)),
     "float32, short rows": (
-        *("float32", "float32", False, 8),
+        *("float32", "float32", "", 8),
         Turn({128: 4}, (128, 2), 16, shared=4),
     ),
     "float32, soft or smoothed": (
-        *("float32", "float32", False, 8),
+        *("float32", "float32", "", 8),
         Turn({128: 4}, (128, 2), 16, 8, loop=2),
     ),
     "float32, one label": (
-        *("float32", "float32", False, 8),
+        *("float32", "float32", "", 8),
         Turn({128: 2}, (128, 2), 16, 8),
     ),
     "float32, loss alone": (
-        *("float32", "float32", False, 8),
+        *("float32", "float32", "", 8),
         Turn({128: 4}, (0, 0), 8, 8),
     ),
     "float32, a weight per class": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", "modifiers", 8),
         Turn({128: 6}, (128, 2), 16, 8),
     ),
     "float32, weight, pos_weight and sample_weight": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", "modifiers", 8),
         Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FMUL": 144}),
     ),
     "float32, where": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", "modifiers", 8),
         Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 40}),
     ),
     "float32, int32, ignore_label": (
-        *("float32", "any", True, 8),
+        *("any but float64", "any", "modifiers", 8),
         Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 40}),
     ),
-    "bfloat16, uint8": ("bfloat16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
+    "bfloat16, uint8": ("bfloat16", "uint8", "", 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
     "bfloat16, uint8, loss alone": (
-        *("bfloat16", "uint8", False, 16),
+        *("bfloat16", "uint8", "", 16),
         Turn({64: 4, 32: 4}, (0, 0), 32, 1),
     ),
-    "bfloat16": ("bfloat16", "bfloat16", False, 8, Turn({64: 4}, (64, 2), 24, 1)),
-    "float16, uint8": ("float16", "uint8", False, 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
+    "bfloat16": ("bfloat16", "bfloat16", "", 8, Turn({64: 4}, (64, 2), 24, 1)),
+    "float16, uint8": ("float16", "uint8", "", 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
 }
 
 
@@ -328,9 +335,11 @@ class Kernel:
     stack: int  # bytes of a thread, for what did not fit into registers
 
     def __post_init__(self) -> None:
-        self.name, logits, labels, modified = SYMBOL.search(self.symbol).groups()
+        self.name, logits, labels, kind = SYMBOL.search(self.symbol).groups()
         self.logits, self.labels = LOGITS[logits], LABELS.get(labels, "")
-        self.modified = modified == "1"
+        if labels == "S2_" and self.logits == "bfloat16":
+            self.labels = self.logits
+        self.kind = KINDS_OF_LOSS[int(kind or 0)]
 
     @cached_property
     def code(self) -> list[Instruction]:
@@ -376,11 +385,9 @@ def kernels(architecture: int) -> list[Kernel]:
 
 @cache
 def loop(architecture: int, name: str) -> Loop:
-    logits, labels, modified, elements, turn = LOOPS[name]
-    wanted = ("evaluate", logits, labels, modified)
-    (kernel,) = (
-        k for k in kernels(architecture) if (k.name, k.logits, k.labels, k.modified) == wanted
-    )
+    logits, labels, kind, elements, turn = LOOPS[name]
+    wanted = ("evaluate", logits, labels, kind)
+    (kernel,) = (k for k in kernels(architecture) if (k.name, k.logits, k.labels, k.kind) == wanted)
     found = way(kernel.code, turn)
     assert found, f"no such way through {kernel}: {name}"
     return Loop(name, kernel, elements, found)
@@ -409,13 +416,13 @@ def table_of_loops(architecture: int) -> str:
 
 
 def table(rows: list[Kernel]) -> str:
-    heading = ["", "kernel", "logits", "labels", "modifiers", "registers", "stack"]
+    heading = ["", "kernel", "logits", "labels", "kind", "registers", "stack"]
     return markdown(
         heading,
         *(
             [
                 *(k.architecture, k.name, k.logits, k.labels),
-                *("yes" if k.modified else "", k.registers, k.stack),
+                *(k.kind, k.registers, k.stack),
             ]
             for k in rows
         ),
@@ -431,7 +438,7 @@ def main() -> None:
     if not asked:
         print(f"Machine code for {', '.join(map(str, architectures('elf')))}; ", end="")
         print(f"PTX of {', '.join(map(str, architectures('ptx')))}.\n")
-    order = list(BYTES)
+    order = list(LOGITS.values())
     found = kernels(asked or 90)
     print(table_of_loops(asked or 90) + "\n")
     print(table(sorted(found, key=lambda k: (k.name, order.index(k.logits), k.labels))))

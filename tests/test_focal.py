@@ -218,8 +218,8 @@ def test_on_a_mesh(cpu: str, loss: Callable, spec: PartitionSpec, kind: AxisType
     oracle.assert_same_bits(found[1], expected[1])
 
 
-def test_gpu_and_other_platforms_use_xla() -> None:
-    """There is no CUDA kernel for them: None is XLA, and a name is refused when it is compiled."""
+def test_none_is_xla_on_other_platforms() -> None:
+    """On a GPU, too, where the kernel has to be named."""
     x, y = np.zeros(4, FLOAT32), np.zeros(4, FLOAT32)
     for platform in ("cuda", "tpu"):
         text = (

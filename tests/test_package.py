@@ -102,7 +102,7 @@ def test_driver_guard(driver: int, usable: bool) -> None:
 
 
 # The default build's, and that of CUDAARCHS=90.
-ALL, ALL_PTX = [75, 80, 90, 100, 120], [75, 120]
+ALL, ALL_PTX = [75, 80, 90, 100, 120], [75, 90]
 HOPPER = [90], [90]
 
 
@@ -115,6 +115,7 @@ HOPPER = [90], [90]
         (103, ALL, [], True),  # as 10.0
         (110, ALL, [], False),  # a generation of its own
         (110, ALL, [120], False),
+        (110, ALL, [90], True),
         (110, ALL, ALL_PTX, True),
         (130, ALL, ALL_PTX, True),
         (70, ALL, ALL_PTX, False),

@@ -18,6 +18,7 @@ _CASES: dict[str, Any] = {
     "the same over axes that are not the last": ("loss_and_grad", 1, np.dtype(np.float32), True),
     "the same with weights or masks": ("loss_and_grad", 1, np.dtype(np.float32), False, True),
     "the same of float64 logits": ("loss_and_grad", 1, np.dtype(np.float64)),
+    "focal and asymmetric losses": ("loss_and_grad", 1, np.dtype(np.float32), False, True, True),
     'reduction="none"': ("loss", 0, np.dtype(np.float32)),
     'the gradient of residuals="recompute"': ("grad", 1, np.dtype(np.float32)),
     "denominators of weights or masks": ("total", 1, np.dtype(np.float32)),

@@ -192,12 +192,14 @@ def why_xla_on_gpu(
     dtype: np.dtype,
     transposed: bool = False,
     weighted: bool = False,
+    focal: bool = False,
 ) -> str | None:
     """The table: why `implementation=None` is XLA for a call on an NVIDIA GPU; None: the kernel.
 
     The kernel's advantage is that it reads logits and labels once, for loss and gradient, and sums
     in the same pass. `kind` is the primitive's, and so is `transposed`; dtype is the logits'.
-    `weighted` is whether elements have weights, masks or denominators of their own.
+    `weighted` is whether elements have weights, masks or denominators of their own, and `focal`
+    whether the loss is focal or asymmetric.
     """
     if kind == "total":
         return "a denominator: XLA sums weights while it makes them"
@@ -208,6 +210,8 @@ def why_xla_on_gpu(
         return "axes that are not the last: XLA sums them in place, without a copy"
     if dtype == np.float64:
         return "float64: the time goes to arithmetic, which is the same"
+    if focal:
+        return "a focal loss: the time of the kernel is not compared with that of XLA"
     if weighted:
         # The model is for the kernel with hard labels and one modifier, but a call tells neither.
         return "weights or masks: several, or soft labels, take XLA fewer instructions"
@@ -222,6 +226,7 @@ def runs(
     dtype: np.dtype,
     transposed: bool,
     weighted: bool,
+    focal: bool,
 ) -> bool:
     """Whether the kernel of a platform, rather than XLA, evaluates a call that it can evaluate.
 
@@ -232,7 +237,7 @@ def runs(
     wanted = implementation or pinned()
     if wanted == "xla":
         return False
-    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed, weighted):
+    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed, weighted, focal):
         return False
     reason = _why_not_installed("cuda")
     if reason and wanted is None:

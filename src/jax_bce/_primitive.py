@@ -224,9 +224,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         names = ("modifiers", "kind", "reduced_rank", "count", "constant_power")
         call = {name: params[name] for name in names}
         where: str | None = platform or "another platform"
-        if platform == "cuda" and "gamma" in params["modifiers"]:
-            where = "a focal loss on a GPU"
-        elif platform is not None and implementation in (None, platform):
+        if platform is not None and implementation in (None, platform):
             where = why_no_call(context, _kernels.refusal, **call)
         if where and implementation not in (None, "xla"):
             raise RuntimeError(
@@ -250,6 +248,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 avals[0].dtype,
                 transposed,
                 weighted,
+                "gamma" in params["modifiers"],
             )
         )
         if use_xla:

@@ -71,8 +71,9 @@ def focal_loss(
       gamma: the exponent, at least 0: a number, or one per class. If it is the number 0 and alpha
         is None, the result is that of `loss`, bit for bit.
       residuals: as for `loss`.
-      **keywords: the keywords of `loss` except pos_weight. On a CPU, a kernel computes loss and
-        gradient in one pass; elsewhere, XLA compiles this loss.
+      **keywords: the keywords of `loss` except pos_weight. On a CPU, and on a GPU with
+        ``implementation="cuda"``, a kernel computes loss and gradient in one pass; otherwise, XLA
+        compiles this loss.
 
     Returns:
       The loss, with the shape and dtype that `loss` returns. The denominator of "weighted_mean"
@@ -133,8 +134,9 @@ def asymmetric_loss(
         class. If all three are the number 0, the result is that of `loss`, bit for bit.
       stop_gradient_weight: If True, the power is a constant under differentiation.
       residuals: as for `loss`.
-      **keywords: the keywords of `loss` except pos_weight. On a CPU, a kernel computes loss and
-        gradient in one pass; elsewhere, XLA compiles this loss.
+      **keywords: the keywords of `loss` except pos_weight. On a CPU, and on a GPU with
+        ``implementation="cuda"``, a kernel computes loss and gradient in one pass; otherwise, XLA
+        compiles this loss.
 
     Returns:
       The loss, with the shape and dtype that `loss` returns.

@@ -199,14 +199,19 @@ struct Call {
     }
     for (const Array* operand : {&logits, &labels, &scale, &smoothing, &divisor, &lost})
       operand->upload();
-    for (int name = 0; name < kModifiersOfAll; ++name) {
+    for (int name = 0; name < kModifiers; ++name) {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
       modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
-      const double numbers[] = {0, 1, 3, 0.3, -2};
+      const double numbers[] = {0, 1, 3, 0.3, -2}, alphas[] = {0, 0.25, 1, 0.7, 0.5},
+                   gammas[] = {2, 0.5, 0, 4, 1}, clips[] = {0.05, 0, 0.2, 0.5, 0.9};
+      const int usual = random_bits() % 2 ? 1 : 5;  // of the first, or of all
       for (int64_t i = 0; given && i < count; ++i)
         modifiers[name].set(i, name == kWhere         ? random_bits() % 4 != 0
                                : name == kIgnoreLabel ? random_bits() % 2
+                               : name == kAlpha       ? alphas[random_bits() % 5]
+                               : name == kClip        ? clips[random_bits() % usual]
+                               : name > kAlpha        ? gammas[random_bits() % usual]
                                : is_rare()            ? INFINITY
                                                       : numbers[random_bits() % 5]);
       modifiers[name].upload();
@@ -240,8 +245,9 @@ struct Call {
     problem.inverse_count = 1.0 / std::max<int64_t>(1, c.reduce ? c.columns : 1);
     problem.loss = {c.loss ? (loss.*data)() : nullptr, loss_type};
     problem.gradient = {c.gradient ? (gradient.*data)() : nullptr, gradient_type};
-    problem.modified = c.modifiers != 0;
-    for (int name = 0; name < kModifiersOfAll; ++name) {
+    problem.modified = c.modifiers & ((1 << kModifiersOfAll) - 1);
+    problem.constant_power = c.form % 3 == 1;
+    for (int name = 0; name < kModifiers; ++name) {
       if (!(c.modifiers >> name & 1)) continue;
       Modifier& modifier = problem.modifiers[name];
       modifier.data = (modifiers[name].*data)();

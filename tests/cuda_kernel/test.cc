@@ -30,6 +30,7 @@ Comparison others{"gradients of float32 logits, and results of float64 ones", 0,
 Comparison narrow{"16-bit results", 2, 1'000};
 Comparison narrow_sums{"summed losses of 16-bit logits", 8, 1};
 Comparison wide{"32-bit results of 16-bit logits", 8, 1};
+Comparison focal{"results of focal losses", kOnGpu ? 2 : 0, 1'000};
 
 constexpr Type kTypes[] = {Type::kF16, Type::kBF16, Type::kF32, Type::kF64, Type::kBool,
                            Type::kI8,  Type::kU8,   Type::kI16, Type::kI32, Type::kI64};
@@ -109,6 +110,7 @@ bool check(const Case& c, cudaStream_t stream) {
                           : width(call.loss_type) > 2 ? &wide
                                                       : &narrow;
   Comparison* of_gradients = !is_narrow ? &others : width(call.gradient_type) > 2 ? &wide : &narrow;
+  if (c.modifiers >> kGamma & 1 && !c.total) of_losses = of_gradients = &focal;
   const Type arithmetic = call.arithmetic;
   // The terms of a gradient of 16-bit logits may cancel: 2^-21 of the larger one, which is below
   // the factor for labels from 0 to 1.
@@ -318,6 +320,29 @@ int main(int count, char** arguments) {
           c.modifiers = modifiers, c.form = form, c.common = true;
           run(c);
         }
+  // Focal losses, with every choice of their own numbers and of other modifiers.
+  for (Type logits : {Type::kF32, Type::kF64, Type::kBF16, Type::kF16})
+    for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers) {
+      if (!(modifiers >> kGamma & 1) || modifiers >> kPosWeight & 1) continue;
+      for (int64_t n : {1 + cases % 70, 1000 + 7 * (cases % 9)}) {
+        if (++cases % 23 && effort < 0) continue;
+        Case c = {logits,
+                  kTypes[cases % 10],
+                  n > 100 ? 2 : 23,
+                  n,
+                  static_cast<int>(cases % 4),
+                  cases % 3 != 0,
+                  true,
+                  cases % 7 != 0,
+                  cases % 11 == 0,
+                  cases % 13 == 0,
+                  cases % 5 == 0,
+                  cases % 4 == 0};
+        c.modifiers = modifiers, c.form = cases % 12, c.divisors = cases % 17 == 0;
+        c.common = cases % 2;
+        --cases, run(c);
+      }
+    }
   // Without modifiers, which take another loop; and sums of weights.
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
     for (int64_t n : {1, 7, 90, 130, 1040, 9000})
@@ -350,7 +375,7 @@ int main(int count, char** arguments) {
         approximate_by(0);
       }
   must(cudaStreamDestroy(stream));
-  for (const Comparison& comparison : {losses, others, narrow, narrow_sums, wide}) {
+  for (const Comparison& comparison : {losses, others, narrow, narrow_sums, wide, focal}) {
     std::printf("%lld %s, %lld differ\n", static_cast<long long>(comparison.results),
                 comparison.what, static_cast<long long>(comparison.different));
     failed += !comparison.holds();

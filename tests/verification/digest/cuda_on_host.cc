@@ -22,7 +22,6 @@ ffi::Error run(ffi::ThreadPool, ffi::AnyBuffer logits, ffi::AnyBuffer labels, ff
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
-  if (problem.is_focal()) return invalid("the CUDA kernel has no focal loss");
   problem.total = kTotal;
   fenv_t mode;  // XLA's threads flush subnormal numbers to zero, and a GPU does not
   fegetenv(&mode);
