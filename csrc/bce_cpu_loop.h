@@ -492,10 +492,9 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     };
     const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type, bool turns) {
       value = fast_two_sum(value.high, value.low);
-      // bfloat16 has fewer digits than half of float32's, and needs no rounding to odd.
-      // Common elements without two weights take narrow_elements().
-      if constexpr (!kCommon || kAny)
-        if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
+      // For bfloat16, with fewer digits than half of float32's, this would change nothing for
+      // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
+      if (type == Type::kF16) value.high = round_to_odd<V>(value.high, value.low);
       if constexpr (kModified == Modified::kMasked)
         value.high = kept(value.high);
       else if constexpr (kModified != Modified::kNot)

@@ -66,7 +66,7 @@ class Array {
 
   char* host() const { return host_.get() + offset_; }
   char* device() const { return device_.get() + offset_; }
-
+  std::vector<char> copy() const { return std::vector<char>(host(), host() + bytes_); }
   void poison() const { must(cudaMemset(device(), 0x5a, bytes_)); }
   void upload() const { must(cudaMemcpy(device(), host(), bytes_, cudaMemcpyHostToDevice)); }
   std::vector<char> download() const {
