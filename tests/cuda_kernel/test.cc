@@ -109,7 +109,7 @@ std::vector<double> with_positive_weights(const Call& call) {
       if (is_float(type)) {
         bytes[at + width(type) - 1] &= 0x7f;
       } else if (type == Type::kI32) {
-        const int32_t number = std::abs(cast<int32_t>(&bytes[at]));
+        const int32_t number = std::abs(std::max(cast<int32_t>(&bytes[at]), -INT32_MAX));
         std::memcpy(&bytes[at], &number, sizeof number);
       }
     }
