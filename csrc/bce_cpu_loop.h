@@ -1030,9 +1030,9 @@ class Evaluation : Inputs<Scalar> {
  public:
   explicit Evaluation(const Problem& problem) : Inputs<Scalar>(problem) {
     const auto has_16_bits = [](Type type) { return type == Type::kF16 || type == Type::kBF16; };
-    narrow_ = has_16_bits(problem.logits.type) &&
-              (!kLoss || kReduce || has_16_bits(problem.loss.type)) &&
-              (!kGradient || has_16_bits(problem.gradient.type));
+    // A float32 gradient of 16-bit logits is rounded to 16 bits once its cotangent is known.
+    narrow_ =
+        has_16_bits(problem.logits.type) && (!kLoss || kReduce || has_16_bits(problem.loss.type));
   }
 
   // Its losses, if they are to be added up, are in the tile that is returned, up to the next
