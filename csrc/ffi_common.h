@@ -174,12 +174,6 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
       return invalid(names[i] + " must be float64 for float64 logits, else float32");
     operands[i]->data = part.untyped_data();
   }
-  const auto shape_of = [&](int i) {
-    const auto shape = buffer_of(i).dimensions();
-    return std::vector<int64_t>(shape.begin(), shape.end());
-  };
-  if (divides && shape_of(kDivisor) != shape_of(kDivisor + 1))
-    return invalid("divisor and divisor_low differ in shape");
   const auto dimension_of = [&](int i, int64_t d) -> int64_t {
     if (i >= kDivisor && !divides) return 1;
     return buffer_of(i).dimensions().size() == 0 ? 1 : buffer_of(i).dimensions()[d];
@@ -236,6 +230,9 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   for (int i : {2, kDivisor, kDivisor + 1})
     if (problem->reduce && operands[i]->strides[merged - 1] != 0)
       return invalid(names[i] + " must not vary along the reduced dimensions");
+  for (int d = 0; divides && d < merged; ++d)
+    if (problem->divisor.strides[d] != problem->divisor_low.strides[d])
+      return invalid("divisor and divisor_low differ in shape");
 
   int next_modifier = kOperands;
   problem->modified = modifiers & ((1 << kAlpha) - 1);

@@ -203,6 +203,12 @@ def _batch(
         jnp.expand_dims(operand, where) if axis is None else jnp.moveaxis(operand, axis, where)
         for operand, axis in zip(operands, axes, strict=True)
     ]
+    if "divisor" in params["modifiers"]:
+        # The kernels read both of its parts in one shape.
+        parts = [4 + params["modifiers"].index(name) for name in DIVISOR]
+        shape = jnp.broadcast_shapes(*(batched[i].shape for i in parts))
+        for i in parts:
+            batched[i] = jnp.broadcast_to(batched[i], shape)
     results = bce_p.bind(*batched, **params)
     return results, [where] * len(results)
 

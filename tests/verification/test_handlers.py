@@ -113,8 +113,7 @@ def right_calls(draw: st.DrawFn) -> Call:
     modifiers |= draw(st.sampled_from([0, CONSTANT_POWER]))
     if draw(st.booleans()):
         modifiers |= 3 << len(NAMES)
-        for name in ("divisor", "divisor_low"):
-            operands[name] = (factor(), arithmetic)
+        operands["divisor"] = operands["divisor_low"] = (factor(), arithmetic)
 
     narrow = [oracle.FLOAT64] if arithmetic == oracle.FLOAT64 else [*oracle.FLOATS[:3]]
     results = {}
