@@ -494,7 +494,9 @@ def test_siglip_of_unknown_sizes() -> None:
         jax.export.export(loss)(symbolic)
 
 
+@pytest.mark.any_jax
 def test_siglip_of_no_pairs(cpu: str) -> None:
+    """JAX 0.8 itself cannot shard an array without elements in a shard_map outside of jit."""
     none = np.zeros((0, 3), np.float32)
     spec = ALONG["both"]
     in_a_ring = jax.shard_map(
