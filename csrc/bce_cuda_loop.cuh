@@ -1123,7 +1123,7 @@ class Loop {
     Focus<Scalar> focus = {gamma_neg, gamma_pos, 0, -0x1p100, 0, 0, 0};
     focus.integer_neg = integer_of(gamma_neg), focus.integer_pos = integer_of(gamma_pos);
     if (!given(kClip)) return focus;
-    if (clip != clip_) {  // computed anew
+    if (clip != clip_) {  // computed again
       clip_ = clip, clip_logit_ = {-0x1p100, 0};
       if (clip != 0) {
         const Pair<double> logit = logit_of<Lane<double>>(clip);
