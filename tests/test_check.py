@@ -21,6 +21,8 @@ from platforms import QUICKLY
 import jax_bce
 from jax_bce import _check
 
+pytestmark = pytest.mark.quickly
+
 LOGITS = np.linspace(-3, 3, 32, dtype=np.float32).reshape(8, 4)
 PROBS = 1 / (1 + np.exp(-LOGITS))
 ZEROS_AND_ONES = (np.arange(32).reshape(8, 4) % 3 == 0).astype(np.uint8)
@@ -405,10 +407,41 @@ def test_checkify_sees_a_nan_of_the_kernel(implementation: str, warned: Warned) 
 def test_the_example_of_checkify(warned: Warned) -> None:
     """That of docs/transforms.md runs as it stands, and finds the NaN that it is given."""
     page = (Path(__file__).parent.parent / "docs" / "transforms.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = (text for text in examples if "checkify" in text)
     found: dict = {}
     exec(compile(example, "transforms.md", "exec"), found)
     assert "logits should be finite" in found["error"].get()
+
+
+INDICES = np.arange(8, dtype=np.int32).reshape(4, 2)
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize(
+    ("positives", "expected"),
+    [
+        (INDICES, None),
+        (INDICES - 1, None),
+        (np.float32([[1, 0, 0], [0, 0, 2], [1, -1, 0]]).astype(int), None),
+        (INDICES + 1, "go up to 8, and the last of 8 labels is 7: what is beyond counts as paddi"),
+        (INDICES - 2, "go down to -2, which counts as padding: pad with -1"),
+        (np.eye(4, 8, dtype=np.int32), "of shape (4, 8) are 0 and 1 alone: pass a matrix of label"),
+    ],
+)
+def test_indices_of_labels(warned: Warned, positives: np.ndarray, expected: str | None) -> None:
+    """Which are not known under jit."""
+    features, weight = np.ones((len(positives), 3), np.float32), np.ones((3, 8), np.float32)
+
+    @jax.jit
+    def gradient(weight: jax.Array, positives: jax.Array) -> jax.Array:
+        return jax.grad(lambda w: jax_bce.linear_loss(features, w, positives=positives))(weight)
+
+    with jax_bce.checking():
+        gradient(weight, positives)
+    assert len(warned) == (expected is not None), warned
+    for message in warned.messages:
+        assert message.startswith(f"jax_bce: positives {expected}"), message
 
 
 PROBLEMS = (Path(__file__).parent.parent / "docs" / "problems.md").read_text()

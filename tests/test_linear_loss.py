@@ -26,6 +26,8 @@ from platforms import QUICKLY
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 PARAMETERS = ("features", "weight", "bias", "scale")
 # Of features and weight: the longer dimension of the logits is the second, the first, and one of
 # them is a single block.
@@ -714,6 +716,7 @@ Y = np.zeros((4, 5), np.float32)
         ((X, W), {"positives": np.zeros((3, 2), int)}, ("(3, 2)", "4 rows", "(4, k)")),
         ((X, W), {"positives": [[0], [1], [5], [1]]}, ("0 to 4", "got 5")),
         ((X, W), {"positives": [[0], [1], [-2], [1]]}, ("or -1", "got -2")),
+        ((X, W), {"positives": [np.arange(2), np.arange(1)]}, ("(2,)", "(1,)", "pad all with -1")),
         ((X, W), {"positives": np.full((4, 1), 2**32)}, ("0 to 4", "got 4294967296")),
         ((X, W), {"positives": np.eye(4, 5, dtype=int)}, ("(4, 5)", "0 and 1", "as labels")),
         (
@@ -742,7 +745,7 @@ def test_value_errors(arguments: tuple, keywords: dict[str, Any], words: tuple[s
         ((np.ones((4, 3), int), W, Y), {}, ("features", "int", "float32")),
         ((X, W.astype(complex), Y), {}, ("weight", "complex")),
         ((X, W), {"positives": np.zeros((4, 1))}, ("float64", "positives.astype(jnp.int32)")),
-        ((X, W), {"positives": Y > 0}, ("positives", "bool", "as labels")),
+        ((X, W), {"positives": Y > 0}, ("positives", "bool: pass a matrix of 0 and 1 as labels")),
         ((X, W, Y), {"axis": [[1]]}, ("axis must be an int", "[[1]]")),
         ((X, W, Y), {"precision": {}}, ("precision", "{}", "'highest'")),
         ((X, W, Y), {"where": np.ones(4)}, ("where", "bool")),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import gpu_compiler
@@ -24,6 +25,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from platforms import QUICKLY
 
 import jax_bce
+
+pytestmark = pytest.mark.quickly
 
 P = PartitionSpec
 WIDTH = 16
@@ -266,6 +269,12 @@ def test_second_derivatives(mesh: Mesh, sizes: str) -> None:
         ("features", P(None, "data"), "features is sharded over its width"),
         ("weight", P("model"), "weight is sharded over its width"),
         ("positives", P("model"), "in the same dimension"),
+        (
+            "weight",
+            P(None, "data"),
+            r"rows of features .* over \('data',\) and the labels of weight",
+        ),
+        ("weight", P(None, ("data", "model")), "rows of features .* and the labels of weight"),
     ],
 )
 def test_refused(cpu: str, name: str, spec: PartitionSpec, words: str) -> None:
@@ -275,6 +284,40 @@ def test_refused(cpu: str, name: str, spec: PartitionSpec, words: str) -> None:
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=words) as caught:
         loss({n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in arrays.items()})
     assert "jax.sharding.reshard" in str(caught.value)
+
+
+@pytest.mark.any_jax
+def test_refused_in_a_gradient(cpu: str) -> None:
+    """Of the weight alone, before anything is reshaped."""
+    mesh = mesh_of(AxisType.Explicit)
+    features = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data")))
+    weight = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P(None, "data")))
+    gradient = jax.jit(jax.grad(lambda w: jax_bce.linear_loss(features, w, 0)))
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=r"reshard\(weight, PartitionSpec\(\)\)"):
+            gradient(weight)
+        gathered = jax.sharding.reshard(weight, PartitionSpec())
+        assert np.isfinite(gradient(gathered)).all()
+
+
+def test_the_example_of_the_documentation(cpu: str) -> None:
+    """That of docs/transforms.md: in shards as by jit, and as on one device."""
+    page = (Path(__file__).parent.parent / "docs" / "transforms.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = (text for text in examples if "linear_loss" in text)
+    found: dict = {}
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):  # and back
+        exec(compile(example, "transforms.md", "exec"), found)
+    arrays = [jnp.asarray(np.asarray(found[name])) for name in ("features", "weight")]
+    positives = np.asarray(found["positives"])
+    wanted = jax.value_and_grad(
+        lambda x, w: jax_bce.linear_loss(x, w, positives=positives), argnums=(0, 1)
+    )(*arrays)
+    assert_close((found["loss"], found["gradients"]), wanted)
+    assert_close(found["same"], wanted[0])
+    assert_close(found["same_pairs"], found["pairs"][0])
+    images = np.asarray(found["images"])
+    assert_close(found["same_pairs"], jax_bce.siglip_loss(images, images, 10.0, -10.0))
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
@@ -475,7 +518,9 @@ X = np.ones((4, 3), np.float32)
         ((X, X, X[0], 0), ValueError, ("scale must be one number", "(3,)")),
         ((X, X, 1, X[0]), ValueError, ("bias must be one number", "(3,)")),
         ((X, X.astype(int), 1, 0), TypeError, ("texts", "float32")),
+        ((X[None], X[None], 1, 0), ValueError, ("(1, 4, 3)", ".reshape(-1, width)")),
         ((X, X, 1, 0, {"axis_name": [["data"]]}), TypeError, ("axis_name", "[['data']]")),
+        ((X, X, 1, 0, {"axis_name": "data"}), NameError, ("axis_name='data'", "jax.shard_map")),
     ],
     ids=lambda value: None,
 )

@@ -35,8 +35,9 @@ def checking(on: bool = True) -> Iterator[None]:
 
     Use it for a run in which something is wrong. ``JAX_BCE_CHECK=1`` in the environment turns it on
     for a whole program. It warns about labels outside [0, 1] (class indices, -1 and 1, 0 and 255),
-    NaN, logits that look like probabilities or labels, negative weights, and a negative, infinite
-    or NaN loss. Elements that `where` or ignore_label drop are not checked.
+    NaN, logits that look like probabilities or labels, negative weights, a negative, infinite or
+    NaN loss, and indices of labels that do not exist. Elements that `where` or ignore_label drop
+    are not checked.
 
     Each warning is a UserWarning that starts with "jax_bce", names the line that called the loss
     and says what to do. It is shown once per line and kind of problem, also under jit, grad, vmap,
@@ -185,6 +186,19 @@ def _about_probs(found: Found) -> str | None:
     )
 
 
+def _about_positives(shape: tuple[int, int], of_all: bool, found: Found) -> str | None:
+    if found.greatest > np.float32(shape[1] - 1):
+        return (
+            f"go up to {found.greatest:.8g}, and the last of {shape[1]} labels is {shape[1] - 1}: "
+            "what is beyond counts as padding, not as a label; label indices start at 0"
+        )
+    if found.least < -1:
+        return f"go down to {found.least:.8g}, which counts as padding: pad with -1"
+    if of_all and found.only("0", "1"):
+        return f"of shape {shape} are 0 and 1 alone: pass a matrix of labels as labels"
+    return None
+
+
 def _about_weights(found: Found) -> str | None:
     if found.least >= 0:
         return None
@@ -237,9 +251,9 @@ _JUDGES = {
 }
 
 
-def problems(name: str, found: Found) -> list[str]:
+def problems(name: str, found: Found, judges: Mapping[str, _Judge] = _JUDGES) -> list[str]:
     """Describes what is wrong with the array of that name."""
-    judge, said = _JUDGES[name], []
+    judge, said = judges[name], []
     if found.any("nan"):
         said.append(f"{name} with NaN: {judge.nan}")
     if found.any("infinite"):
@@ -257,25 +271,29 @@ def _caller() -> _Line:
     return frame.f_code.co_filename, frame.f_lineno
 
 
-def _warn(line: _Line, found: Mapping[str, Found]) -> None:
+def _warn(line: _Line, judges: Mapping[str, _Judge], found: Mapping[str, Found]) -> None:
     for name, values in found.items():
         # NumPy, not JAX arrays: a callback must not wait for the device that waits for it.
-        for problem in problems(name, Found(*map(np.asarray, values))):
+        for problem in problems(name, Found(*map(np.asarray, values)), judges):
             without_numbers = problem.translate(dict.fromkeys(map(ord, "0123456789.e+-")))
             if (line, without_numbers) not in _warned:
                 warnings.warn_explicit(f"jax_bce: {problem}.", UserWarning, *line)
                 _warned.add((line, without_numbers))
 
 
-def _look_at(arrays: Mapping[str, Array], keep: Array | None = None) -> None:
+def _look_at(
+    arrays: Mapping[str, Array],
+    keep: Array | None = None,
+    judges: Mapping[str, _Judge] = _JUDGES,
+) -> None:
     """Warns the user, and adds checks for JAX's checkify, which have no effect without it."""
     from jax.experimental import checkify
 
     still = {name: jax.lax.stop_gradient(values) for name, values in arrays.items()}
     found = {name: _of_all(_look(values, keep)) for name, values in still.items()}
-    jax.debug.callback(functools.partial(_warn, _caller()), found)
+    jax.debug.callback(functools.partial(_warn, _caller(), judges), found)
     for name, values in found.items():
-        low, high = _JUDGES[name][:2]
+        low, high = judges[name][:2]
         checkify.debug_check(
             values.within(low, high) & ~values.any("nan") & ~values.any("infinite"),
             f"jax_bce: {name} should be finite and lie between {low} and {high}; the finite ones "
@@ -293,6 +311,15 @@ def operands(name: str, given: Sequence[Array], modifiers: Sequence[str]) -> Non
     weights = {option: array for option, array in named.items() if option in _JUDGES}
     keep = elements(logits, labels, smoothing, named).keep
     _look_at({name: logits, "labels": labels} | weights, keep)
+
+
+def positives(indices: Array, shape: tuple[int, int]) -> None:
+    """Checks indices of labels if the check is on; `shape` is (rows, labels)."""
+    if not is_on():
+        return
+    # Of one or two labels, 0 and 1 are indices.
+    about = functools.partial(_about_positives, shape, indices.shape == shape and shape[1] > 2)
+    _look_at({"positives": indices}, judges={"positives": _Judge(-1, shape[1] - 1, about, "", "")})
 
 
 def loss(values: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations  # help() shows names, not the Union behind t
 import functools
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ def linear_loss(
       bias: of shape (labels,), or one number.
       positives: in place of labels, the indices of each row's positive labels, as integers of shape
         (rows, k), padded with -1. All other labels are 0. An index that occurs twice counts once.
-        Known indices are checked; a traced one that is not from 0 to labels - 1 is padding.
+        Known indices are checked, also those that a compiled function closes over; a traced one
+        that is not from 0 to labels - 1 is padding, and `checking` warns of it.
       scale: a number that multiplies the products, such as a learned inverse temperature.
       class_weight: the `weight` of `loss`: a factor for each element, usually of shape (labels,).
       sample_weight: as for `loss`, usually of shape (rows,).
@@ -109,16 +110,22 @@ def linear_loss(
       Others take an additional pass.
 
     Several devices:
-      Rows, labels or both may be sharded, by jit or in a shard_map, the width may not. Nothing is
-      gathered. Prefer explicit mesh axes (``AxisType.Explicit``), or a shard_map: there, each
-      gradient takes one all-reduce over the axes that its argument is not sharded over. On
-      automatic axes, where the shardings are not known when the loop is written, the weight's
-      gradient (if rows > labels: the features') is reduced block by block, in as many bytes. The
-      other is kept on each device for the rows of all devices, if that takes at most block_bytes;
-      otherwise, sharded labels cost an all-reduce of it in each block. The number of labels (or of
-      rows, if there are more) must be a multiple of the devices that share them. In a shard_map
-      over labels, positives are those of the shard: subtract the index of its first label from
-      them.
+      Rows, labels or both may be sharded, over different mesh axes, by jit or in a shard_map; the
+      width may not on explicit axes. Neither features nor weight is gathered, if the number of
+      labels (or of rows, if rows > labels) is a multiple of the devices that share them. On
+      explicit axes, which `jax.make_mesh` makes, and in a shard_map, each gradient takes one
+      all-reduce over the axes that its argument is not sharded over. On automatic axes, where the
+      shardings are not known when the loop is written:
+
+      - The weight's gradient (if rows > labels: the features') is reduced block by block, in as
+        many bytes.
+      - The other gradient is kept on each device for the rows of all devices, if that takes at most
+        block_bytes. If it takes more, sharded labels cost an all-reduce of it in each block.
+
+      In a shard_map over labels, positives count from the first label of the shard: subtract
+      ``jax.lax.axis_index(axis) * weight.shape[1]``. The result is the loss of the shard. With
+      reduction "sum" or a normalizer, `jax.lax.psum` gives that of all; `jax.lax.pmean` gives the
+      mean of all only if no element is dropped or weighted.
 
     Raises:
       TypeError, ValueError, RuntimeError: as for `loss`; ValueError if the shapes of features,
@@ -237,7 +244,9 @@ def number(name: str, value: ArrayLike) -> AnyArray:
 def _positives(
     positives: ArrayLike, shape: tuple[int, ...], ignore_label: ArrayLike | None
 ) -> AnyArray:
-    fix = "use positives.astype(jnp.int32), or pass a matrix of 0 and 1 as labels"
+    fix = "pass a matrix of 0 and 1 as labels"
+    if getattr(getattr(positives, "dtype", None), "kind", "") != "b":
+        fix = f"use positives.astype(jnp.int32), or {fix}"
     array = typed("positives", positives, _INTEGERS, fix)
     if array.ndim != 2 or array.shape[0] != shape[0]:
         one = array.ndim == 1 and array.shape == shape[:1]
@@ -331,6 +340,7 @@ def _run(
         arrays["scale"] = arrays["scale"].astype(wide)
     if "positives" in arrays:
         indices = arrays["positives"]
+        _check.positives(indices, shape)
         indices = indices.astype(jnp.promote_types(indices.dtype, np.int32))
         # An index that int32 cannot hold is out of range, and stays so.
         arrays["positives"] = jnp.clip(indices, -1, shape[1]).astype(np.int32)
@@ -376,6 +386,8 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
     )
     if not rows and not labels:
         return _local(arrays, **params)
+    if {*rows} & {*labels}:
+        _refuse_same_axes(arrays, places, rows, labels)
     specs = {}
     mesh = explicit_mesh(*arrays.values())
     for name, array in arrays.items():
@@ -406,6 +418,28 @@ def _on_mesh(arrays: dict[str, Array], **params: Any) -> Array:
         axis_names=_explicit_axes(mesh),
     )
     return function(arrays)  # type: ignore[no-any-return]
+
+
+def _refuse_same_axes(
+    arrays: Mapping[str, Array],
+    places: Mapping[str, tuple[int | None, int | None]],
+    rows: tuple[str, ...],
+    labels: tuple[str, ...],
+) -> NoReturn:
+    """Raises for rows and labels over one axis, as where a weight is sharded over all (FSDP)."""
+    first, second = (
+        next(
+            name
+            for name, array in arrays.items()
+            if (at := places[name][k]) is not None and _axes_at(array, at)
+        )
+        for k in (0, 1)
+    )
+    raise ValueError(
+        f"the rows of {first} are sharded over {rows} and the labels of {second} over {labels}, "
+        "so that most rows and labels never meet on a device. Use different axes, or gather "
+        f"{second} for this call: jax.sharding.reshard({second}, PartitionSpec())."
+    )
 
 
 def explicit_mesh(*arrays: Array) -> Any:
@@ -448,5 +482,5 @@ def refuse_sharded_width(arrays: Mapping[str, tuple[Array, int]]) -> None:
         if axes := _axes_at(array, place):
             raise ValueError(
                 f"{name} is sharded over its width, by {axes}: reshard it with "
-                "jax.sharding.reshard, so that rows and labels alone are sharded."
+                "jax.sharding.reshard, so that only its other dimension is."
             )

@@ -59,7 +59,8 @@ def _stacked(name: str, values: Sequence[Any]) -> AnyArray:
     shapes = dict.fromkeys(str(part.shape) for part in parts)
     if len(shapes) > 1:
         found = " and ".join(shapes)
-        raise ValueError(f"{name} has arrays of shapes {found}: pass arrays of one shape.")
+        fix = "pad all with -1 to" if name == "positives" else "pass arrays of"
+        raise ValueError(f"{name} has arrays of shapes {found}: {fix} one shape.")
     if any(isinstance(part, jax.core.Tracer) for part in parts):
         return jnp.stack([jnp.asarray(part) for part in parts])
     return np.stack([np.asarray(part) for part in parts])

@@ -110,6 +110,13 @@ def siglip_loss(
         raise TypeError(
             f"axis_name must be the name of an axis of a shard_map, or several, got {axis_name}."
         )
+    try:
+        lax.axis_size(axes)
+    except NameError:
+        raise NameError(
+            f"axis_name={axis_name!r} is not an axis of a jax.shard_map around this call: leave it "
+            "out everywhere else, also under jit on a mesh."
+        ) from None
     params = {
         "reduced_rank": 2,
         "implementation": implementation,
@@ -127,9 +134,12 @@ def _embeddings(images: ArrayLike, texts: ArrayLike) -> dict[str, AnyArray]:
     }
     first, second = (array.shape for array in arrays.values())
     if len(first) != 2 or first != second:
+        fix = "text i belongs to image i; in a shard_map, shard both alike"
+        if first == second:
+            fix = "reshape both with .reshape(-1, width)"
         raise ValueError(
-            f"images of shape {first} and texts of shape {second} must both have shape (n, width), "
-            "and text i belong to image i."
+            f"images of shape {first} and texts of shape {second} must both have shape (n, width): "
+            f"{fix}."
         )
     refuse_symbolic("siglip_loss", first, second)
     return arrays
