@@ -45,6 +45,13 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _quickly(request: pytest.FixtureRequest) -> None:
+    """Thousands of small programs compile in three quarters of the time. Fewer cases need not."""
+    quickly = sample.everything and request.node.get_closest_marker("quickly") is not None
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], None]:
     """`require("cpu")` skips the test, or fails it, where that kernel is missing."""

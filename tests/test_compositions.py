@@ -21,6 +21,8 @@ from platforms import QUICKLY
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 SIZE = 8
 LOGITS = np.linspace(-3.0, 4.0, SIZE, dtype=np.float32)
 LABELS = np.array([0.0, 1.0, 0.25, 1.0, 0.0, 0.75, 1.0, 0.0], np.float32)

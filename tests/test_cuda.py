@@ -27,7 +27,8 @@ from jax_bce import _kernels
 
 KERNEL_TESTS = Path(__file__).parent / "cuda_kernel"
 SOURCES = KERNEL_TESTS.parent.parent / "csrc"
-FLAGS = ["-O1", "-g1", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
+# -Og compiles four times as fast as -O1 with the sanitizers, and runs as fast.
+FLAGS = ["-Og", "-g1", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 

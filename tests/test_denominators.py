@@ -18,6 +18,8 @@ from platforms import QUICKLY
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 SHAPE = (2, 3)
 BAD = (np.nan, np.inf, -np.inf)
 
@@ -118,7 +120,7 @@ def calls(draw: st.DrawFn) -> tuple:
 
 
 @pytest.mark.any_jax
-@settings(max_examples=sample.examples(60), deadline=None)
+@settings(max_examples=sample.examples(30), deadline=None)
 @given(calls())
 def test_a_dropped_element_does_not_exist(call: tuple) -> None:
     """Values and derivatives are those of the kept elements alone, in every implementation."""

@@ -21,7 +21,7 @@ from oracle import FLOAT32, FLOAT64
 
 import jax_bce
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.quickly]
 
 SHAPE = (2, 3)
 # Each way gives the sum of the mean losses of two rows.

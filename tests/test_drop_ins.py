@@ -37,7 +37,7 @@ def name_of(function: Callable) -> str:
     return f"{function.__module__}.{function.__name__}".removeprefix("jax_bce.")
 
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.quickly]
 
 every = pytest.mark.parametrize("function", OPTAX + TORCH, ids=name_of)
 of_optax = pytest.mark.parametrize("function", OPTAX, ids=name_of)

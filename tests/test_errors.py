@@ -18,6 +18,8 @@ import pytest
 import jax_bce
 from jax_bce import _arguments, _primitive
 
+pytestmark = pytest.mark.quickly
+
 LOGITS, LABELS = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.int32)
 
 

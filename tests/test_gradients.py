@@ -16,7 +16,7 @@ from oracle import BFLOAT16, FLOAT16, FLOAT32
 
 import jax_bce
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.quickly]
 
 SIZE = 1003  # neither a power of two nor a multiple of a vector
 REDUCTIONS = ("sum", "mean")

@@ -13,6 +13,8 @@ from oracle import FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 LOGITS = np.array([[-30, -4, -0.5], [0, 0.25, 20]], FLOAT32)
 LABELS = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
 

@@ -34,6 +34,7 @@ peer = keras.losses
 PEERS = {"ours": ours, "Keras": peer}
 
 pytestmark = [
+    pytest.mark.quickly,
     pytest.mark.any_jax,
     # Once per process, by whichever test comes first; test_probabilities_warn_once asks for it.
     pytest.mark.filterwarnings("ignore:from_logits=False"),

@@ -35,7 +35,7 @@ with warnings.catch_warnings():
     import keras
     from flax import nnx
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:flax")
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:flax"), pytest.mark.quickly]
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)

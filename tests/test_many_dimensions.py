@@ -19,6 +19,8 @@ from platforms import QUICKLY
 import jax_bce
 from jax_bce import _primitive
 
+pytestmark = pytest.mark.quickly
+
 MOST = 16
 RANKS = [MOST, MOST + 1]
 CALL = "jax_bce_v2"

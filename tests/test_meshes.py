@@ -24,6 +24,8 @@ from platforms import QUICKLY
 import jax_bce
 from jax_bce import _call
 
+pytestmark = pytest.mark.quickly
+
 P = PartitionSpec
 AXES = {"data": 4, "model": 2}
 SHAPE = (16, 64)

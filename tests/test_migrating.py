@@ -29,6 +29,7 @@ from sklearn.metrics import log_loss
 import jax_bce
 
 pytestmark = [
+    pytest.mark.quickly,
     pytest.mark.any_jax,
     # From Keras's own variables, as NumPy 2 reads them.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),

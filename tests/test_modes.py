@@ -20,6 +20,8 @@ from oracle import FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 SHAPE = (4, 19)
 
 

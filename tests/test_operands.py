@@ -21,6 +21,8 @@ from jax.experimental import sparse
 import jax_bce
 from jax_bce import optax, torch_like
 
+pytestmark = pytest.mark.quickly
+
 LOGITS = np.linspace(-3, 3, 12, dtype=np.float32).reshape(4, 3)
 PROBS = (LOGITS + 4) / 8
 LABELS = (np.arange(12).reshape(4, 3) % 3 == 0).astype(np.float32)

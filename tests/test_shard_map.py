@@ -20,6 +20,8 @@ from oracle import FLOAT32
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 P = PartitionSpec
 SHAPE = (16, 64)
 LOSSES = {

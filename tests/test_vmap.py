@@ -17,7 +17,7 @@ from oracle import BFLOAT16, FLOAT32
 
 import jax_bce
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.quickly]
 
 BATCH, COLUMNS = 5, 19
 FUNCTIONS = {

@@ -24,6 +24,8 @@ from platforms import QUICKLY
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 Point = dict[str, jax.Array]
 
 SHAPE = (3, 3)

@@ -28,6 +28,8 @@ from platforms import QUICKLY
 
 import jax_bce
 
+pytestmark = pytest.mark.quickly
+
 P = PartitionSpec
 Operands = dict[str, Any]
 
