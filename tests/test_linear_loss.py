@@ -282,7 +282,7 @@ def test_without_bias_and_scale() -> None:
     assert_as_dense(Case(arrays), block_bytes=4096)
 
 
-@settings(max_examples=sample.examples(60), deadline=None)
+@settings(max_examples=sample.examples(40), deadline=None)
 @given(
     rows=st.integers(1, 40),
     labels=st.integers(1, 90),
