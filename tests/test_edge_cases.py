@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from oracle import BFLOAT16, FLOAT32, FLOAT64
+from oracle import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 import jax_bce
 
@@ -74,6 +74,18 @@ def test_signed_zeros(check, implementation: str, dtype: np.dtype, label: float)
             )
             check.elements(implementation, logits, labels, loss=loss)
             np.testing.assert_array_equal(np.asarray(gradient, np.float64), 0.5 - label)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_any_nan_is_still_nan_in_16_bits(implementation: str, dtype: np.dtype, bits: int) -> None:
+    """Rounded like a number, the first two would become zeros."""
+    logits, labels = np.ones(67, dtype), np.full(67, bits, np.uint32).view(FLOAT32)
+    for operands in {"labels": labels}, {"labels": 1, "weight": labels}:
+        results = jax_bce.loss_and_grad(
+            logits, **operands, reduction="none", implementation=implementation
+        )
+        assert all(result.dtype == dtype and np.isnan(result).all() for result in results)
 
 
 @pytest.mark.parametrize("case", LIMITS, ids=name_of)

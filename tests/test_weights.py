@@ -229,6 +229,30 @@ def test_nothing_of_a_dropped_element_is_seen(
     assert not any(np.asarray(gradient)[1].any() for gradient in actual[1])
 
 
+@pytest.mark.any_jax
+@pytest.mark.parametrize("cotangent", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": 2.0, "pos_weight": 3.0}], ids=["plain", "weights"]
+)
+def test_no_cotangent_reaches_a_dropped_element(
+    implementation: str, options: dict, cotangent: float
+) -> None:
+    """`recompute` multiplies by it in the kernel, where 0 times infinity would be NaN."""
+    keep = np.arange(300) % 3 > 0
+    loss = partial(
+        jax_bce.loss,
+        labels=np.zeros(300, np.float32),
+        where=keep,
+        reduction="sum",
+        residuals="recompute",
+        implementation=implementation,
+        **options,
+    )
+    _, pullback = jax.vjp(loss, np.ones(300, np.float32))
+    (gradient,) = pullback(jnp.float32(cotangent))
+    np.testing.assert_array_equal(gradient, np.where(keep, np.float32(cotangent), 0))
+
+
 @pytest.mark.parametrize("divisor", ["where", "ignore_label", "normalizer", "weight", "empty"])
 def test_a_denominator_of_zero(implementation: str, divisor: str) -> None:
     """Loss 0 and gradient 0, whatever the logits are, and never NaN."""
@@ -280,6 +304,21 @@ def test_pos_weight_is_no_part_of_a_negative_label(implementation: str) -> None:
             implementation=implementation,
         )
         oracle.assert_same_bits(found, plain)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str, indirect=True)
+def test_the_classes_may_change_places(platform: str, dtype: np.dtype) -> None:
+    """A class that counts 4 times as much, or the other one a quarter: the same bits.
+
+    So 1 - y + q y has all its digits, whichever of the terms is the larger one.
+    """
+    logits = oracle.random_logits(dtype, 1 << 14, seed=31)
+    labels = 1 - oracle.random_labels(dtype, 1 << 14, seed=32)  # 1 - y is not rounded
+    evaluate = partial(jax_bce.loss_and_grad, reduction="none", implementation=platform)
+    loss, gradient = evaluate(logits, labels, pos_weight=dtype.type(4))
+    other_loss, other_gradient = evaluate(-logits, 1 - labels, pos_weight=dtype.type(0.25))
+    oracle.assert_same_bits(loss, 4 * other_loss)
+    oracle.assert_same_bits(gradient, -4 * other_gradient)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

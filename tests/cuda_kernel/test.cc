@@ -302,6 +302,10 @@ int main(int count, char** arguments) {
     run({Type::kF32, Type::kF32, 1, n, offset, false, n % 2 == 0, true, false, true, false,
          n % 3 == 0});
   }
+  // More tiles of rows than there are thread blocks on the host, so that one overwrites another.
+  for (Type logits : {Type::kBF16, Type::kF32, Type::kF64})
+    for (int64_t n : {30, 1000})
+      run({logits, Type::kU8, 100'000 / n, n, 0, true, true, true, false, false, false, false});
   // Every pair of dtypes, in every kind of call; or, of a few, those with long and short rows.
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
     for (Type labels : kTypes)

@@ -274,8 +274,9 @@ def caught_by(mutation: Mutation, known: dict[str, dict]) -> str:
         return "not tried"
     if not line["caught"]:
         return f"**nothing** ({mutation.defended})" if mutation.defended else "**nothing**"
-    if line["by"] == "does not end":
-        return f"`{mutation.tests[0].removeprefix('tests/')}`, which does not end"
+    if line["by"] in ("does not end", "first"):
+        how = "does not end" if line["by"] == "does not end" else "crashes"
+        return f"`{mutation.tests[0].removeprefix('tests/')}`, which {how}"
     return f"`{line['by'].removeprefix('tests/')}`"
 
 

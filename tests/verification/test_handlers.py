@@ -352,6 +352,35 @@ def test_what_is_wrong_is_refused(cpu: str, number: int, record: Callable) -> No
     record("handlers", refused=tried.total(), kinds=len(tried))
 
 
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_modifier_of_another_size_is_refused(
+    cpu: str, name: str, dimension: int, size: int
+) -> None:
+    shape = [6, 6]
+    shape[dimension] = size
+    given = {"gamma", name} if name in FOCAL else {name}
+    own = {n: tuple(shape) if n == name else () for n in NAMES if n in given}
+    operands = {"logits": (6, 6), "labels": (6, 6), "scale": (), "smoothing": ()} | own
+    dtypes = {"where": np.dtype(bool)}
+    call = Call(
+        "grad",
+        {n: (form, dtypes.get(n, oracle.FLOAT32)) for n, form in operands.items()},
+        {"gradient": ((6, 6), oracle.FLOAT32)},
+        {
+            "modifiers": np.int64(sum(1 << NAMES.index(n) for n in given)),
+            "reduced_rank": np.int64(0),
+            "count": np.int64(1),
+        },
+        (6, 6),
+        0,
+    )
+    with pytest.raises((RuntimeError, ValueError), match=f"{name} cannot be broadcast"):
+        call.run()
+    call.with_operand(name, (6, 6), None).run()
+
+
 def test_what_is_right_is_evaluated(cpu: str, number: int, record: Callable) -> None:
     """Or most of the calls above would be refused for another reason."""
     accepted = 0
