@@ -1,8 +1,8 @@
 """The implementations that bench.py compares, each as a function without arguments.
 
-A function returns when its work is done. Every implementation gets the same float32 logits and
-labels as arguments, never as constants of a compiled program, and computes the mean loss, or the
-mean loss and its gradient.
+A function returns when its work is done. Every implementation gets the same logits and labels as
+arguments, never as constants of a compiled program, and computes the mean loss, or the mean loss
+and its gradient. PyTorch wants labels of the logits' dtype: the conversion is part of its call.
 """
 
 import os
@@ -24,7 +24,11 @@ import jax_bce
 Implementation = Callable[[], object]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
-BYTES = {"value": 8, "value_and_grad": 12}  # per element: two reads, and a write of the gradient
+
+def bytes_moved(mode: str, logits: str, labels: str) -> int:
+    """Per element: two reads and, with a gradient, a write."""
+    size = np.dtype(jnp.dtype(logits)).itemsize
+    return size * (1 if mode == "value" else 2) + np.dtype(jnp.dtype(labels)).itemsize
 
 
 def optax_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -45,11 +49,21 @@ def _of_jax(loss: Loss, mode: str, logits: np.ndarray, labels: np.ndarray) -> Im
     return lambda: jax.block_until_ready(function(*operands))
 
 
-def _of_torch(mode: str, logits: np.ndarray, labels: np.ndarray) -> Implementation:
+def _of_torch(
+    mode: str, logits: np.ndarray, labels: np.ndarray, compiled: bool = False
+) -> Implementation:
     import torch
 
-    function = torch.nn.functional.binary_cross_entropy_with_logits
-    x, y = torch.tensor(logits, requires_grad=mode != "value"), torch.tensor(labels)
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(x, y.to(x.dtype))
+
+    if compiled:
+        function = torch.compile(function, dynamic=True)  # one compilation for all sizes
+    x, y = (
+        torch.tensor(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
+        for array in (logits, labels)
+    )
+    x.requires_grad_(mode != "value")
 
     def value() -> object:
         with torch.no_grad():
@@ -72,11 +86,16 @@ def _copy(bytes_moved: int, threads: int) -> Implementation:
     return lambda: list(pool.map(lambda part: np.copyto(*part), parts))
 
 
-def implementations(mode: str, n: int) -> dict[str, Implementation]:
-    """All implementations for n elements. Those named "copy" measure the memory bandwidth."""
+def implementations(
+    mode: str, n: int, dtypes: tuple[str, str], compiled_torch: bool
+) -> dict[str, Implementation]:
+    """All implementations for n logits and labels of these dtypes.
+
+    Those named "copy" measure the memory bandwidth.
+    """
     random = np.random.default_rng(n)
-    logits = (3 * random.standard_normal(n, np.float32)).astype(np.float32)
-    labels = random.integers(0, 2, n).astype(np.float32)
+    logits = (3 * random.standard_normal(n, np.float32)).astype(jnp.dtype(dtypes[0]))
+    labels = random.integers(0, 2, n).astype(jnp.dtype(dtypes[1]))
     found = {
         "jax_bce": _of_jax(jax_bce.loss, mode, logits, labels),
         "optax": _of_jax(_mean_of(optax_losses), mode, logits, labels),
@@ -84,6 +103,8 @@ def implementations(mode: str, n: int) -> dict[str, Implementation]:
     }
     if find_spec("torch"):
         found["torch"] = _of_torch(mode, logits, labels)
+        if compiled_torch:
+            found["torch, compiled"] = _of_torch(mode, logits, labels, compiled=True)
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        found[f"copy, {threads} threads"] = _copy(BYTES[mode] * n, threads)
+        found[f"copy, {threads} threads"] = _copy(bytes_moved(mode, *dtypes) * n, threads)
     return found

@@ -19,7 +19,14 @@ from matplotlib.figure import Figure
 from picture import WIDTH, Colors, add_options, plt, save
 
 ROOT = Path(__file__).parent.parent
-NAMES = {"jax_bce": "jax_bce", "optax": "optax", "jnp": "plain jnp", "torch": "PyTorch"}
+NAMES = {
+    "jax_bce": "jax_bce",
+    "optax": "optax",
+    "jnp": "plain jnp",
+    "torch": "PyTorch",
+    "torch, compiled": "compiled PyTorch",
+}
+FLOAT32 = "float32, float32 labels"
 LINES = {
     "jax_bce": {"marker": "o", "linewidth": 3},
     "optax": {"marker": "s", "linestyle": (0, (4, 2))},
@@ -53,11 +60,14 @@ def newest_record() -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def times(record: list[dict], case: str, memory: str) -> Times:
+def times(
+    record: list[dict], case: str, memory: str, dtype: str = FLOAT32, one_core: bool = False
+) -> Times:
     found: Times = {}
-    cores = max(line["cores"] for line in record)  # the rest was measured on one of them
+    cores = 1 if one_core else max(line["cores"] for line in record)
+    wanted = {"case": case, "memory": memory, "dtype": dtype, "cores": cores}
     for line in record:
-        if (line.get("case"), line.get("memory"), line["cores"]) != (case, memory, cores):
+        if not wanted.items() <= line.items():
             continue
         row = found.setdefault(line["n"], {})
         name, nanoseconds = line["implementation"], line["median_ns_per_element"]
@@ -156,6 +166,28 @@ def table(rows: Times, names: list[str], microseconds: bool = False) -> list[str
     return lines
 
 
+def best_others(record: list[dict], one_core: bool) -> list[str]:
+    """A Markdown table of all dtypes: our nanoseconds, and how many times the best other takes."""
+    rows: dict[str, Times] = {}
+    for line in record:
+        if line["dtype"] not in rows:
+            case = "value_and_grad, mean"
+            rows[line["dtype"]] = times(record, case, "fresh", line["dtype"], one_core)
+    sizes = sorted(set.intersection(*map(set, rows.values())))
+    lines = [f"| logits, labels | {' | '.join(map(_power, sizes))} |"]
+    lines.append("| --- |" + " ---: |" * len(sizes))
+    for dtype, row in rows.items():
+        cells = []
+        for n in sizes:
+            own = row[n]["jax_bce"]
+            best = min(
+                row[n][name] for name in NAMES.values() if name in row[n].keys() - {"jax_bce"}
+            )
+            cells.append(f"{own:.3g} ({best / own:.1f}x)")
+        lines.append(f"| {dtype.removesuffix(' labels')} | {' | '.join(cells)} |")
+    return lines
+
+
 def ratios(rows: Times) -> str:
     """A sentence that says how many times as long as jax_bce each peer takes."""
     found = []
@@ -179,6 +211,9 @@ def texts(record: list[dict]) -> dict[str, str]:
         "both": table(fresh, [*peers, COPY]),
         "small": table(small, peers, microseconds=True),
         "value": table(times(record, value, "fresh"), [*peers, COPY]),
+        "one_core": table(times(record, both, "fresh", one_core=True), [*peers, COPY]),
+        "dtypes": best_others(record, one_core=False),
+        "dtypes_on_one_core": best_others(record, one_core=True),
         "warm": table(times(record, both, "warm"), [*peers, COPY]),
         "calls": calls(),
         "linear": linear(),

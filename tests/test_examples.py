@@ -148,6 +148,7 @@ def test_train_flax(platform: str, tmp_path: Path) -> None:
 def test_benchmark(cpu: str, tmp_path: Path) -> None:
     """Small, for its records: speed is no matter of a test."""
     small = ("--sizes", "10", "--seconds", "0.1", "--output", "records.jsonl")
+    small += ("--no-compiled-torch",)
     run("benchmarks/bench.py", *small, folder=tmp_path, platform=cpu)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert {record["case"] for record in records} == {"value, mean", "value_and_grad, mean"}
