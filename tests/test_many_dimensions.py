@@ -21,7 +21,7 @@ from jax_bce import _primitive
 
 MOST = 16
 RANKS = [MOST, MOST + 1]
-CALL = "jax_bce_v2"
+CALL = "jax_bce_v3"
 
 
 @pytest.fixture(autouse=True)
