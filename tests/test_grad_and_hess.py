@@ -150,6 +150,23 @@ def test_are_weighted(check, platform: str, dtype: np.dtype, floor: str, soft: b
         check.ulps("weighted gradient, for boosting", found[0], gradient, allowed)
 
 
+@pytest.mark.parametrize("option", ["weight", "pos_weight"])
+def test_the_floor_comes_between_pos_weight_and_weight(
+    check, platform: str, dtype: np.dtype, option: str
+) -> None:
+    """With hard labels and a single weight, which the kernel treats as a case of its own."""
+    x, y = oracle.random_logits(dtype, 700, 0, 8), oracle.random_labels(np.uint8, 700, 1)
+    numbers = np.resize(np.array([0.25, 3, 1, 7, 0], FLOAT32), 700)
+    floor = FLOAT32.type(1e-2)
+    _, hessian = jax_bce.grad_and_hess(x, y, hess_floor=floor, **{option: numbers})
+    weighs = option == "weight"
+    exact = np.asarray(oracle.exact(x, y, pos_weight=1 if weighs else numbers).hessian)
+    expected = np.maximum(exact.astype(np.float64), np.float64(floor))
+    expected *= numbers.astype(np.float64) if weighs else 1
+    allowed = bound(platform, dtype, weights=1)
+    check.ulps("floored hessian, for boosting", hessian, expected, allowed, inputs=(x, y))
+
+
 def test_of_one_label_and_no_logits() -> None:
     gradient, hessian = jax_bce.grad_and_hess(np.zeros((0, 3), FLOAT32), 1)
     assert gradient.shape == hessian.shape == (0, 3)
