@@ -5,7 +5,8 @@
 Times compiled `value_and_grad` of the mean loss of float32 logits with uint8 labels. Each round
 takes one sample of every case, in a rotating order. The table shows medians over the rounds: of the
 time, and of its ratio to the case it is compared with. A second table is for many rows of two
-logits, with per-row options, computed by the kernel and by XLA. `temporary` is the memory that XLA
+logits, with per-row options, computed by the kernel and by XLA. A third is for `grad_and_hess` with
+XGBoost's floor, beside plain jnp. `temporary` is the memory that XLA
 allocates in addition to operands and results. The process uses the default memory settings ("fresh"
 in bench.py). If it kept its memory ("warm"), XLA would reuse memory only in programs that are a
 single call, and the unweighted call would be compared with calls that suffer page faults.
@@ -132,6 +133,21 @@ def peers(options: dict[str, Case]) -> list[dict[str, Case]]:
     ]
 
 
+def plain_derivatives(logits, labels):
+    """What a user of a boosting library writes."""
+    p = jax.nn.sigmoid(logits)
+    return p - labels, jnp.maximum(p * (1 - p), 1e-16)
+
+
+def of_derivatives() -> dict[str, Case]:
+    own = "grad_and_hess"
+    return {
+        own: (partial(jax_bce.grad_and_hess, hess_floor=1e-16), {}, own),
+        "plain jnp": (plain_derivatives, {}, own),
+        "loss_and_grad, not reduced": (partial(jax_bce.loss_and_grad, reduction="none"), {}, own),
+    }
+
+
 def torch_peers(logits: jax.Array, labels: jax.Array) -> dict[str, tuple[Callable[[], None], str]]:
     """Calls of PyTorch, and the case that each is compared with."""
     try:
@@ -171,13 +187,14 @@ def measure(
     logits: jax.Array,
     labels: jax.Array,
     seconds: float,
+    transform: Callable[..., Callable[..., object]],
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call, one number per round, and bytes of temporary memory of those found."""
     calls, temporary = dict(others), {}
     for call in others.values():
         call()
     for name, (function, options, _) in found.items():
-        compiled = jax.jit(jax.value_and_grad(function)).lower(logits, labels, **options).compile()
+        compiled = jax.jit(transform(function)).lower(logits, labels, **options).compile()
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
         calls[name] = lambda compiled=compiled, options=options: jax.block_until_ready(
             compiled(logits, labels, **options)
@@ -208,29 +225,34 @@ def main() -> None:
     found = cases(*shape)
     short = options.short_rows, 2
     records = []
-    for title, size, groups in (
-        ("the mean", shape, [found, *peers(found)]),
-        ("rows of two", short, [of_short_rows(short[0])]),
+    for title, size, groups, transform in (
+        ("value_and_grad of the mean", shape, [found, *peers(found)], jax.value_and_grad),
+        ("value_and_grad of rows of two", short, [of_short_rows(short[0])], jax.value_and_grad),
+        ("first and second derivatives", shape, [of_derivatives()], lambda function: function),
     ):
-        records += table_of(title, size, groups, options.seconds / 3)
+        records += table_of(title, size, groups, options.seconds / 3, transform)
     if options.output:
         options.output.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def table_of(
-    title: str, shape: tuple[int, int], groups: list[dict[str, Case]], seconds: float
+    title: str,
+    shape: tuple[int, int],
+    groups: list[dict[str, Case]],
+    seconds: float,
+    transform: Callable[..., Callable[..., object]],
 ) -> list[dict]:
     """Measures and prints groups of cases; returns a record for each."""
     logits = 4 * jax.random.normal(jax.random.key(1), shape)
     labels = jax.random.bernoulli(jax.random.key(2), 0.3, shape).astype(jnp.uint8)
-    table = Table(title=f"value_and_grad of {title}, {shape[0]} x {shape[1]} float32, uint8 labels")
+    table = Table(title=f"{title}, {shape[0]} x {shape[1]} float32, uint8 labels")
     for column in "", "ms", "ratio", "to", "temporary bytes":
         table.add_column(column, justify="left" if column in ("", "to") else "right")
     records = []
     for group in groups:
         others = torch_peers(logits, labels) if "asymmetric_loss" in group else {}
         calls = {name: call for name, (call, _) in others.items()}
-        times, temporary = measure(group, calls, logits, labels, seconds)
+        times, temporary = measure(group, calls, logits, labels, seconds, transform)
         bases = {name: base for name, (_, _, base) in group.items()}
         bases |= {name: base for name, (_, base) in others.items()}
         for name, base in bases.items():

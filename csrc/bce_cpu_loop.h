@@ -331,6 +331,7 @@ struct Tile {
   const Scalar *alpha, *gamma, *gamma_pos, *clip, *clip_logit, *clip_logit_low;
   bool products;  // whether all elements have the same gammas, which are 0, 1, 2 or 4, and which
   int integer_neg, integer_pos;
+  const Scalar* hess_floor = nullptr;
   const Scalar* pos_weight;  // this and the next are of a modified problem
   alignas(64) Scalar weight[kTile], weight_low[kTile];
   alignas(64) Scalar loss_low[kTile], e[kTile], e_low[kTile], e_scale[kTile];
@@ -460,8 +461,9 @@ enum class Modified { kDropped, kNot, kMasked, kExact, kAny };
 template <Modified kModified>
 using Constant = std::integral_constant<Modified, kModified>;
 
-// The second step: the loss, the gradient, or both.
-template <bool kCommon, Modified kModified, bool kReduce, bool kLoss, bool kGradient, class Scalar>
+// The second step: the loss, the gradient, or both. If kHessian, a loss is a second derivative.
+template <bool kCommon, Modified kModified, bool kReduce, bool kLoss, bool kGradient, bool kHessian,
+          class Scalar>
 BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type) {
   using V = Vector<Scalar>;
   const Scalar *logits = tile.logits, *labels = tile.labels;
@@ -490,7 +492,8 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
     const auto kept = [&](typename V::Float value) {
       return V::select(weight.weight.high == V::set(0), V::set(0), value);
     };
-    const auto write = [&](Scalar* to, Pair<typename V::Float> value, Type type, bool turns) {
+    const auto write = [&](Scalar* to, Pair<typename V::Float> value, typename V::Float own_weight,
+                           Type type, bool turns) {
       value = fast_two_sum(value.high, value.low);
       // For bfloat16, with fewer digits than half of float32's, this would change nothing for
       // labels 0 and 1: their results are rounded as if once, all of them (the exhaustive run).
@@ -498,11 +501,21 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
       if constexpr (kModified == Modified::kMasked)
         value.high = kept(value.high);
       else if constexpr (kModified != Modified::kNot)
-        value.high = weighted<V, kCommon>({value.high, V::set(0)}, weight.weight.high).high;
+        value.high = weighted<V, kCommon>({value.high, V::set(0)}, own_weight).high;
       value.high *= factor;
       V::store(to + i, turns ? turned<V>(value.high, turn) : value.high);
     };
-    if constexpr (kLoss) {
+    if constexpr (kHessian) {
+      // The floor comes after pos_weight and before the other weights.
+      constexpr bool kPositive = kAny || kModified == Modified::kExact;
+      const auto floor = V::load(tile.hess_floor + i);
+      typename V::Float pos_weight = {}, rest = {};
+      if constexpr (kPositive) pos_weight = V::load(tile.pos_weight + i);
+      if constexpr (kModified != Modified::kNot) rest = V::load(tile.weight + i);
+      const auto value = hessian_of<V, kCommon, kPositive>(logit, label, smoothing, exponential,
+                                                           floor, pos_weight);
+      write(loss, value, rest, loss_type, false);
+    } else if constexpr (kLoss) {
       auto value = [&] {
         if constexpr (kCommon)
           return turned_loss_of<V>(z, exponential);
@@ -519,21 +532,22 @@ BCE_INLINE void elements(Tile<Scalar>& tile, Type loss_type, Type gradient_type)
         V::store(loss + i, value.high);
         V::store(tile.loss_low + i, value.low);
       } else {
-        write(loss, value, loss_type, false);
+        write(loss, value, weight.weight.high, loss_type, false);
       }
     }
     if constexpr (kGradient && kCommon)
-      write(gradient, turned_gradient_of<V>(z, exponential), gradient_type, true);
+      write(gradient, turned_gradient_of<V>(z, exponential), weight.weight.high, gradient_type,
+            true);
     else if constexpr (kGradient)
       write(gradient,
             gradient_of<V, false, kAny>(logit, label, smoothing, exponential, weight.pos_weight),
-            gradient_type, false);
+            weight.weight.high, gradient_type, false);
   });
 }
 
 // Both steps for 16-bit logits: without pairs, they are short. Takes for granted that all elements
 // are common.
-template <Modified kModified, bool kReduce, bool kLoss, bool kGradient>
+template <Modified kModified, bool kReduce, bool kLoss, bool kGradient, bool kHessian>
 BCE_INLINE Found narrow_elements(const Tile<float>& tile, float* loss, float* gradient) {
   using V = Vector<float>;
   Search<V> search;
@@ -543,13 +557,21 @@ BCE_INLINE Found narrow_elements(const Tile<float>& tile, float* loss, float* gr
     const auto e = short_exp_of<V>(logit);
     const auto turn = turn_of<V>(label), z = turned<V>(logit, turn);
     const auto factor = V::load(tile.factors + i);
-    const auto weighted = [&](V::Float value) {
+    const auto with_weight = [&](V::Float value) {
       if constexpr (kModified != Modified::kNot) value *= V::load(tile.weight + i);
+      return value;
+    };
+    const auto with_pos_weight = [&](V::Float value) {
       if constexpr (kModified == Modified::kExact)
         value *= V::select(label == V::set(1), V::load(tile.pos_weight + i), V::set(1));
       return value;
     };
-    if constexpr (kLoss) {
+    const auto weighted = [&](V::Float value) { return with_pos_weight(with_weight(value)); };
+    if constexpr (kHessian) {
+      const auto hessian = hard_hessian_of<V>(z, e, hard_gradient_of<V>(z, e, V::set(1) + e));
+      const auto floor = V::load(tile.hess_floor + i);
+      V::store(loss + i, with_weight(floored<V>(with_pos_weight(hessian), floor)) * factor);
+    } else if constexpr (kLoss) {
       const auto value = weighted(V::fma(V::set(2), half_log1p_of<V>(e), V::max(z, V::set(0))));
       V::store(loss + i, kReduce ? value : value * factor);
     }
@@ -982,6 +1004,17 @@ class Inputs {
     focused_ = true;
   }
 
+  // Loads the floor of the second derivatives of a tile. One number is loaded only once.
+  void load_floor(const Span& span) {
+    const Modifier& modifier = problem_.modifiers[kHessFloor];
+    const bool one = modifier.rank == 1 && modifier.strides[0] == 0;
+    if (one && tile_.hess_floor) return;
+    bool constant;
+    const int64_t element = span.row * problem_.columns() + span.column;
+    const int size = one ? kTile : span.size();  // later tiles may be larger
+    tile_.hess_floor = ::jax_bce::load(modifier, element, size, hess_floor_, &constant);
+  }
+
   // Drops the elements whose label, as it is stored, is ignore_label.
   void ignore(const Span& span) {
     const Modifier& modifier = problem_.modifiers[kIgnoreLabel];
@@ -1021,11 +1054,11 @@ class Inputs {
   Tile<Scalar> tile_;
   alignas(64) Scalar logits_[kTile], labels_[kTile];
   alignas(64) Scalar pos_weight_[kTile], power_[kTile], keep_[kTile], rest_[kTile];
-  alignas(64) Scalar focal_[6][kTile];
+  alignas(64) Scalar focal_[6][kTile], hess_floor_[kTile];
 };
 
-// Evaluates elements, tile by tile.
-template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
+// Evaluates elements, tile by tile. If kHessian, losses are second derivatives.
+template <class Scalar, bool kReduce, bool kLoss, bool kGradient, bool kHessian>
 class Evaluation : Inputs<Scalar> {
  public:
   explicit Evaluation(const Problem& problem) : Inputs<Scalar>(problem) {
@@ -1085,6 +1118,7 @@ class Evaluation : Inputs<Scalar> {
   using Inputs<Scalar>::keep_;
   using Inputs<Scalar>::labels_;
   using Inputs<Scalar>::load;
+  using Inputs<Scalar>::load_floor;
   using Inputs<Scalar>::load_labels;
   using Inputs<Scalar>::located_;
   using Inputs<Scalar>::logits_;
@@ -1107,6 +1141,7 @@ class Evaluation : Inputs<Scalar> {
     } else if (problem_.is_focal()) {
       evaluate_focal(span, modified);
     } else {
+      if constexpr (kHessian) load_floor(span);
       evaluate_plain(modified);
     }
     // A factor that is not a number, or negative, would show where an element does not exist.
@@ -1180,7 +1215,7 @@ class Evaluation : Inputs<Scalar> {
 
   BCE_INLINE Found narrow(Modified modified, Scalar* loss, Scalar* gradient) const {
     const auto evaluate = [&](auto modified) {
-      return narrow_elements<modified, kReduce, kLoss, kGradient>(tile_, loss, gradient);
+      return narrow_elements<modified, kReduce, kLoss, kGradient, kHessian>(tile_, loss, gradient);
     };
     return modified == Modified::kNot      ? evaluate(Constant<Modified::kNot>())
            : modified == Modified::kMasked ? evaluate(Constant<Modified::kMasked>())
@@ -1211,8 +1246,8 @@ class Evaluation : Inputs<Scalar> {
 
   template <bool kCommon, Modified kModified>
   BCE_INLINE void compute() {
-    elements<kCommon, kModified, kReduce, kLoss, kGradient>(tile_, problem_.loss.type,
-                                                            problem_.gradient.type);
+    elements<kCommon, kModified, kReduce, kLoss, kGradient, kHessian>(tile_, problem_.loss.type,
+                                                                      problem_.gradient.type);
   }
 
   // What elements that do not exist give.
@@ -1272,8 +1307,8 @@ bool count_kept(const Problem& problem, int64_t row, int64_t begin, int64_t size
 }
 
 // The sum of a block, if problem.reduce.
-template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
-double block(const Problem& problem, Evaluation<Scalar, kReduce, kLoss, kGradient>& evaluation,
+template <class Scalar, bool kReduce, bool... kResults>
+double block(const Problem& problem, Evaluation<Scalar, kReduce, kResults...>& evaluation,
              int64_t row, int64_t begin, int64_t size) {
   double threads[kFold] = {}, sum = 0;
   if (kReduce && problem.total && count_kept<Scalar>(problem, row, begin, size, &sum)) return sum;
@@ -1327,11 +1362,11 @@ BCE_INLINE double sum_row(const Scalar* high, const Scalar* low, int size) {
   return threads[0];
 }
 
-template <class Scalar, bool kReduce, bool kLoss, bool kGradient>
+template <class Scalar, bool kReduce, bool... kResults>
 void rows(const Problem& problem, int64_t first, int64_t last) {
   const GradualUnderflow mode;
   const int columns = static_cast<int>(problem.columns());
-  Evaluation<Scalar, kReduce, kLoss, kGradient> evaluation(problem);
+  Evaluation<Scalar, kReduce, kResults...> evaluation(problem);
   if (columns > 0 && columns <= kShortRow) {
     const int rows_in_tile = kTile / columns;
     for (int64_t row = first; row < last; row += rows_in_tile) {
@@ -1357,25 +1392,26 @@ template <class F>
 BCE_INLINE auto specialize(const Problem& problem, F f) {
   using Yes = std::true_type;
   using No = std::false_type;
-  if (!problem.loss.data) return f(No(), No(), Yes());
-  if (problem.reduce) return problem.gradient.data ? f(Yes(), Yes(), Yes()) : f(Yes(), Yes(), No());
-  return problem.gradient.data ? f(No(), Yes(), Yes()) : f(No(), Yes(), No());
+  const auto reduced = [&](auto reduce) {
+    return problem.gradient.data ? f(reduce, Yes(), Yes(), No()) : f(reduce, Yes(), No(), No());
+  };
+  if (problem.hessian) return f(No(), Yes(), Yes(), Yes());
+  if (!problem.loss.data) return f(No(), No(), Yes(), No());
+  return problem.reduce ? reduced(Yes()) : reduced(No());
 }
 
 template <class Scalar>
 double any_block(const Problem& problem, int64_t row, int64_t begin, int64_t size) {
-  return specialize(problem, [&](auto reduce, auto loss, auto gradient) {
+  return specialize(problem, [&](auto... results) {
     const GradualUnderflow mode;
-    Evaluation<Scalar, reduce, loss, gradient> evaluation(problem);
+    Evaluation<Scalar, results...> evaluation(problem);
     return block(problem, evaluation, row, begin, size);
   });
 }
 
 template <class Scalar>
 void any_rows(const Problem& problem, int64_t first, int64_t last) {
-  specialize(problem, [&](auto reduce, auto loss, auto gradient) {
-    rows<Scalar, reduce, loss, gradient>(problem, first, last);
-  });
+  specialize(problem, [&](auto... results) { rows<Scalar, results...>(problem, first, last); });
 }
 
 template <class Scalar>

@@ -177,7 +177,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   const bool in_rows = problem.reduce && !in_tiles;
   int64_t shape[kMaxRank];
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
-  for (int name = 0; name < kModifiers; ++name) {
+  for (int name = 0; name < kModifiersOfLosses; ++name) {
     const Modifier& modifier = problem.modifiers[name];
     if (modifier.data && columns > 0)
       plan.modifiers[name] = input_of(modifier.data, modifier.type, modifier.rank, modifier.shape,

@@ -55,7 +55,7 @@ enum class Losses { kSum, kTile, kStore };
 
 // A Problem as the kernels need it.
 struct Plan {
-  Input logits, labels, scale, smoothing, divisor, modifiers[kModifiers];
+  Input logits, labels, scale, smoothing, divisor, modifiers[kModifiersOfLosses];
   const void* divisor_low;  // where the divisor is
   Result loss, gradient;
   bool reduce, total, constant_power;

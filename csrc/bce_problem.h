@@ -54,7 +54,7 @@ struct Modifier {
 
 // In the order in which they follow the other operands. Each is a bit of the attribute "modifiers".
 // With kGamma, the loss is focal or asymmetric (bce_focal.h). It is the gamma of label 0, and,
-// without kGammaPos, of label 1.
+// without kGammaPos, of label 1. kHessFloor is the least second derivative, before weights.
 enum ModifierName {
   kWeight,
   kSampleWeight,
@@ -65,10 +65,12 @@ enum ModifierName {
   kGamma,
   kGammaPos,
   kClip,
+  kHessFloor,
   kModifiers
 };
 
-constexpr int kModifiersOfAll = kAlpha;  // those of every loss
+constexpr int kModifiersOfAll = kAlpha;         // those of every loss
+constexpr int kModifiersOfLosses = kHessFloor;  // those of any loss
 
 struct Result {
   void* data = nullptr;  // null: not requested
@@ -118,11 +120,12 @@ struct Factor {
 // label, as stored, is ignore_label, which has the labels' type.
 // If there is a gamma, the loss is focal or asymmetric, and there is no pos_weight.
 // If `total`, losses are replaced by the weights of the elements that are not masked.
+// If `hessian`, losses are replaced by second derivatives, of which none is below the floor.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
   Operand logits, labels, scale, smoothing, divisor, divisor_low;
-  bool total = false;
+  bool total = false, hessian = false;
   Modifier modifiers[kModifiers];
   bool modified;        // whether there are modifiers up to kIgnoreLabel
   bool constant_power;  // whether the focal power has no derivative

@@ -2,11 +2,14 @@
 // buffers into a Problem, and the functions of their Python modules. Python has validated a call
 // already; these checks keep calls from elsewhere from reading past a buffer.
 //
-// Four targets, one signature:
-//     jax_bce_v2_loss            (logits, labels, scale, smoothing) -> loss
-//     jax_bce_v2_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
-//     jax_bce_v2_grad            (logits, labels, scale, smoothing) -> gradient
-//     jax_bce_v2_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
+// Five targets, one signature:
+//     jax_bce_v3_loss            (logits, labels, scale, smoothing) -> loss
+//     jax_bce_v3_loss_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
+//     jax_bce_v3_grad            (logits, labels, scale, smoothing) -> gradient
+//     jax_bce_v3_total           (logits, labels, scale, smoothing) -> loss, a sum of weights
+//     jax_bce_v3_hess_and_grad   (logits, labels, scale, smoothing) -> loss, gradient
+// The last is for the CPU alone. Its losses are second derivatives; it needs a hess_floor and sums
+// nothing.
 // More operands may follow: those of ModifierName in bce_problem.h whose bits are set in
 // "modifiers", and, with the next two bits, a divisor and its rounding error, in one shape. With
 // the bit after those, the gradient takes the power of a focal loss for a constant. On "CUDA", one
@@ -23,6 +26,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <map>
 #include <new>
 #include <string>
 #include <tuple>
@@ -119,9 +123,9 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   Operand* operands[] = {&problem->logits,    &problem->labels,  &problem->scale,
                          &problem->smoothing, &problem->divisor, &problem->divisor_low};
   const std::string names[] = {"logits", "labels", "scale", "smoothing", "divisor", "divisor_low"};
-  const char* const modifier_names[] = {"weight", "sample_weight", "pos_weight",
-                                        "where",  "ignore_label",  "alpha",
-                                        "gamma",  "gamma_pos",     "clip"};
+  const char* const modifier_names[] = {"weight",       "sample_weight", "pos_weight", "where",
+                                        "ignore_label", "alpha",         "gamma",      "gamma_pos",
+                                        "clip",         "hess_floor"};
   const int64_t rank = buffers[0].dimensions().size();
   if (reduced_rank < 0 || reduced_rank > rank)
     return invalid("reduced_rank must be from 0 to the logits' rank " + std::to_string(rank) +
@@ -252,6 +256,10 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
   if (!has(kGamma) && (has(kAlpha) || has(kGammaPos) || has(kClip)))
     return invalid("gamma is missing");
   if (has(kGamma) && has(kPosWeight)) return invalid("focal loss has no pos_weight");
+  if (has(kGamma) && problem->hessian) return invalid("hess_and_grad has no gamma");
+  if (has(kHessFloor) != problem->hessian)
+    return invalid(problem->hessian ? "hess_floor is missing"
+                                    : "only hess_and_grad has a hess_floor");
   problem->constant_power = (modifiers & kConstantPower) != 0;
 
   const size_t expected[] = {static_cast<size_t>(problem->reduce ? problem->rows() : elements),
@@ -317,17 +325,18 @@ inline std::string refusal(std::vector<Array> operands, std::vector<Array> resul
   const XLA_FFI_Rets rets{sizeof rets, nullptr, static_cast<int64_t>(out.size()), out_types.data(),
                           out_addresses.data()};
   Problem problem;
+  problem.hessian = modifiers >> kHessFloor & 1;  // no other call has one
   const auto operand = [&](int i) { return ffi::AnyBuffer(&in[i]); };
   return describe({operand(0), operand(1), operand(2), operand(3)}, {&args, kOperands}, {&rets, 0},
                   loss, gradient, modifiers, reduced_rank, count, &problem)
       .message();
 }
 
-// The functions of the Python modules _cpu and _cuda. `initialize`, unless it is null, is called
-// before a program that has calls.
-inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
-                          XLA_FFI_Handler* loss_and_grad, XLA_FFI_Handler* grad,
-                          XLA_FFI_Handler* total, XLA_FFI_Handler* initialize = nullptr) {
+// The functions of the Python modules _cpu and _cuda, for the handler of each kind. `initialize`,
+// unless it is null, is called before a program that has calls.
+inline void define_module(pybind11::module_& module,
+                          const std::map<std::string, XLA_FFI_Handler*>& kinds,
+                          XLA_FFI_Handler* initialize = nullptr) {
   module.def("registrations", [=] {
     const auto stages = [=](XLA_FFI_Handler* handler) {
       pybind11::dict handlers;
@@ -337,10 +346,8 @@ inline void define_module(pybind11::module_& module, XLA_FFI_Handler* loss,
       return handlers;
     };
     pybind11::dict targets;
-    targets["jax_bce_v2_loss"] = stages(loss);
-    targets["jax_bce_v2_loss_and_grad"] = stages(loss_and_grad);
-    targets["jax_bce_v2_grad"] = stages(grad);
-    targets["jax_bce_v2_total"] = stages(total);
+    for (const auto& [kind, handler] : kinds)
+      targets[("jax_bce_v3_" + kind).c_str()] = stages(handler);
     return targets;
   });
   module.attr("xla_ffi_api_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);

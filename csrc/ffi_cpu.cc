@@ -58,18 +58,21 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-template <bool kLoss, bool kGradient, bool kTotal = false>
+template <bool kLoss, bool kGradient, bool kTotal = false, bool kHessian = false>
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer labels,
                ffi::AnyBuffer scale, ffi::AnyBuffer smoothing, ffi::RemainingArgs more,
                ffi::RemainingRets results, int64_t modifiers, int64_t reduced_rank,
                int64_t count) try {
   Problem problem;
+  problem.total = kTotal;
+  problem.hessian = kHessian;
   if (ffi::Error error = describe({logits, labels, scale, smoothing}, more, results, kLoss,
                                   kGradient, modifiers, reduced_rank, count, &problem);
       error.failure())
     return error;
-  problem.total = kTotal;
   if (kTotal && !problem.reduce) return invalid("total needs a reduced_rank of at least 1, got 0");
+  if (kHessian && problem.reduce)
+    return invalid("hess_and_grad needs a reduced_rank of 0, got " + std::to_string(reduced_rank));
   if (results.size() != size_t{kLoss} + size_t{kGradient}) return invalid("a result too many");
   for (size_t i = 0; i < results.size(); ++i)
     if (auto result = results.get<ffi::AnyBuffer>(i); result.has_value())
@@ -114,13 +117,19 @@ XLA_FFI_DEFINE_HANDLER(BceLoss, (run<true, false>), Signature<ffi::ThreadPool>()
 XLA_FFI_DEFINE_HANDLER(BceLossAndGrad, (run<true, true>), Signature<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(BceGrad, (run<false, true>), Signature<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER(BceHessAndGrad, (run<true, true, false, true>),
+                       Signature<ffi::ThreadPool>());
 
 }  // namespace
 }  // namespace jax_bce
 
 PYBIND11_MODULE(_cpu, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
-  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal);
+  define_module(module, {{"loss", BceLoss},
+                         {"loss_and_grad", BceLossAndGrad},
+                         {"grad", BceGrad},
+                         {"total", BceTotal},
+                         {"hess_and_grad", BceHessAndGrad}});
   module.def("refusal", &refusal);
   module.def("instruction_set", [] { return kernel ? kernel->instruction_set : ""; });
 }

@@ -84,7 +84,12 @@ XLA_FFI_DEFINE_HANDLER(BceTotal, (run<true, false, true>), Signature<Stream>(),
 
 PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   using namespace jax_bce;
-  define_module(module, BceLoss, BceLossAndGrad, BceGrad, BceTotal, Initialize);
+  define_module(module,
+                {{"loss", BceLoss},
+                 {"loss_and_grad", BceLossAndGrad},
+                 {"grad", BceGrad},
+                 {"total", BceTotal}},
+                Initialize);
   module.def("workspace", &cuda_workspace);
   module.attr("group") = kGroup;
   module.def("known_answer", &known_answer_of_devices_in_use,

@@ -4,6 +4,7 @@
     python tests/exhaustive.py --stride 4096 --implementation xla
     python tests/exhaustive.py --implementation cuda    # on a GPU; the others on the CPU
     python tests/exhaustive.py --loss focal --stride 61 # float32 logits; or asymmetric
+    python tests/exhaustive.py --loss hessian           # of grad_and_hess, on the CPU
 
 Prints, as a table for docs/accuracy.md, the largest error in ulp, where it occurs, and the share of
 results that are the exact value rounded once. Fails if one of them is outside the contract.
@@ -149,6 +150,24 @@ def check_focal(first: int, size: int, stride: int, loss: str) -> dict[str, Wors
     return found
 
 
+@functools.cache
+def _hessian_kernel():
+    jax.config.update("jax_platforms", "cpu")
+    return jax.jit(lambda x: jax_bce.grad_and_hess(x, 0)[1])
+
+
+def measure_hessians(logits: np.ndarray) -> Worst:
+    """No label changes them."""
+    exact = oracle.exact(logits, np.float64(0)).hessian
+    return measure(np.asarray(_hessian_kernel()(logits)), exact, logits, 0, exact)
+
+
+def check_hessians(first: int, size: int, stride: int, _: object) -> dict[str, Worst]:
+    last = min(first + size * stride, MAGNITUDES)
+    magnitude = np.arange(first, last, stride, dtype=np.uint32).view(np.float32)
+    return {"hessian": measure_hessians(magnitude).merge(measure_hessians(-magnitude))}
+
+
 def float32_rows(
     stride: int, implementation: str | None, console: Console, loss: str = "loss"
 ) -> dict[str, Worst]:
@@ -156,6 +175,8 @@ def float32_rows(
     starts = range(0, MAGNITUDES, size * stride)
     check, last = (check_focal, loss) if loss in FOCAL else (check_magnitudes, implementation)
     found = {"loss": Worst(), "gradient": Worst()}
+    if loss == "hessian":
+        check, found = check_hessians, {"hessian": Worst()}
     workers = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -188,6 +209,12 @@ def rows(
         for quantity, worst in float32_rows(stride, None, console, loss).items():
             yield "float32", "hard", quantity, worst
         return
+    if loss == "hessian":
+        found = float32_rows(stride, None, console, loss)["hessian"]
+        yield "float32", "hard", "hessian", found
+        for dtype in (oracle.BFLOAT16, oracle.FLOAT16):
+            yield dtype.name, "hard", "hessian", measure_hessians(oracle.every_16_bit(dtype))
+        return
     contract_rows = [("float32", "hard", float32_rows(stride, implementation, console))]
     for dtype in (oracle.BFLOAT16, oracle.FLOAT16):
         contract_rows.append((dtype.name, "hard", rows_16_bit(dtype, (0.0, 1.0), implementation)))
@@ -201,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stride", type=int, default=1, help="between float32 bit patterns")
     parser.add_argument("--implementation", choices=("cpu", "cuda", "xla"))
-    parser.add_argument("--loss", choices=("loss", *FOCAL), default="loss")
+    parser.add_argument("--loss", choices=("loss", *FOCAL, "hessian"), default="loss")
     parser.add_argument("--json", type=Path, help="a file for the table, as a list of rows")
     arguments = parser.parse_args()
     tolerance = oracle.TOLERANCE[arguments.implementation or "cpu"]
@@ -223,7 +250,10 @@ def main() -> int:
     listed = []
     every = rows(arguments.stride, arguments.implementation, console, arguments.loss)
     for dtype, kind, quantity, worst in every:
-        allowed = getattr(tolerance.elements[dtype, kind], quantity)
+        # A Hessian is as accurate as a gradient.
+        allowed = getattr(
+            tolerance.elements[dtype, kind], "gradient" if quantity == "hessian" else quantity
+        )
         if arguments.loss in FOCAL:
             allowed = getattr(oracle, f"KERNEL_{arguments.loss.upper()}")
         failed |= not worst.ulp <= allowed

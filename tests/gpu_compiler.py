@@ -75,7 +75,7 @@ def product(x, y):
 def of_any_sizes(x, y):
     """The mean and its gradient, exported with sizes that are known only here."""
     sizes = export.symbolic_shape("rows, columns")
-    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v2_loss_and_grad")]
+    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v3_loss_and_grad")]
     function = jax.jit(value_and_grad(loss))
     exported = export.export(function, platforms=("cuda",), disabled_checks=known)
     return exported(*(jax.ShapeDtypeStruct(sizes, a.dtype) for a in (x, y))).call(x, y)

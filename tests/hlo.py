@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from jax.stages import Compiled
 
-TARGET = "jax_bce_v2_"
+TARGET = "jax_bce_v3_"
 # They name a buffer, or a part of one, and move nothing.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")

@@ -27,7 +27,7 @@ assert tail == jnp.float32(math.log1p(math.exp(-20))), tail
 
 assert facts["cpu kernel"].startswith("loaded, "), facts["cpu kernel"]
 compiled = step.lower(jnp.zeros(2), jnp.zeros(2)).compile().as_text()
-assert 'custom_call_target="jax_bce_v2' in compiled, compiled
+assert 'custom_call_target="jax_bce_v3' in compiled, compiled
 
 mode = os.environ.get("JAX_BCE_CUDA", "AUTO")
 has_cuda = "built with CUDA" in facts["cuda kernel"]

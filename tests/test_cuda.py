@@ -220,27 +220,27 @@ def lowered(function: Callable, *shapes, dtype=jnp.float32, label_dtype=jnp.uint
 
 
 loss = partial(jax_bce.loss, implementation="cuda")
-CALL = re.compile(r"custom_call @(jax_bce_v2_\w+)")
+CALL = re.compile(r"custom_call @(jax_bce_v3_\w+)")
 
 
 @pytest.mark.parametrize(("size", "groups"), [(128, 0), (1024, 0), (1025, 2), (1 << 20, 1024)])
 def test_a_mean_is_one_call(module, size: int, groups: int) -> None:
     """With room for the groups' sums where there are several."""
     text = lowered(jax.value_and_grad(loss), (size,), (size,))
-    assert CALL.findall(text) == ["jax_bce_v2_loss_and_grad"]
+    assert CALL.findall(text) == ["jax_bce_v3_loss_and_grad"]
     assert re.findall(r"tensor<(\d+)xf64>", text)[:1] == ([str(groups)] if groups else [])
-    assert CALL.findall(lowered(loss, (size,), (size,))) == ["jax_bce_v2_loss"]
+    assert CALL.findall(lowered(loss, (size,), (size,))) == ["jax_bce_v3_loss"]
 
 
 def test_elements_and_rows_are_one_call(module) -> None:
     for keywords in ({"reduction": "none"}, {"axis": -1}):
         text = lowered(partial(loss, **keywords), (1000, 10), (1000, 10))
-        assert CALL.findall(text) == ["jax_bce_v2_loss"]
+        assert CALL.findall(text) == ["jax_bce_v3_loss"]
 
 
 def test_vmap_is_one_call(module) -> None:
     text = lowered(jax.vmap(jax.value_and_grad(loss)), (4, 20_000), (4, 20_000))
-    assert CALL.findall(text) == ["jax_bce_v2_loss_and_grad"]
+    assert CALL.findall(text) == ["jax_bce_v3_loss_and_grad"]
     assert re.findall(r"tensor<(\d+)xf64>", text)[:1] == ["80"]
 
 
@@ -248,13 +248,13 @@ def test_vmap_is_one_call(module) -> None:
 def test_focal_losses_are_one_call(module, name: str) -> None:
     function = partial(getattr(jax_bce, name), implementation="cuda", weight=2.0)
     text = lowered(jax.value_and_grad(function), (3000,), (3000,))
-    assert CALL.findall(text) == ["jax_bce_v2_loss_and_grad"]
+    assert CALL.findall(text) == ["jax_bce_v3_loss_and_grad"]
 
 
 def test_recompute_is_two_calls(module) -> None:
     function = jax.value_and_grad(partial(loss, residuals="recompute"))
     text = lowered(function, (20_000,), (20_000,), dtype=jnp.float16)
-    assert sorted(CALL.findall(text)) == ["jax_bce_v2_grad", "jax_bce_v2_loss"]
+    assert sorted(CALL.findall(text)) == ["jax_bce_v3_grad", "jax_bce_v3_loss"]
 
 
 @pytest.mark.parametrize("keywords", [{}, {"axis": 1}, {"reduction": "none"}], ids=str)
@@ -263,7 +263,7 @@ def test_export_for_any_sizes(module, sizes: str, keywords: dict) -> None:
     """With room for sums wherever a row may have several blocks."""
     shape = export.symbolic_shape(sizes)
     operands = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.uint8)]
-    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v2_loss")]
+    known = [export.DisabledSafetyCheck.custom_call("jax_bce_v3_loss")]
     function = jax.jit(partial(loss, **keywords))
     exported = export.export(function, platforms=("cuda",), disabled_checks=known)(*operands)
     (call,) = [line for line in exported.mlir_module().splitlines() if CALL.search(line)]

@@ -354,7 +354,7 @@ def test_more_elements_than_32_bits_count(size: int) -> None:
         {"ignore_label": 1},
     ):
         traced = jax.jit(lambda x, options=options: jax_bce.loss(x, 0, **options)).trace(x)
-        assert "jax_bce_v2_loss" in traced.lower().as_text()
+        assert "jax_bce_v3_loss" in traced.lower().as_text()
 
 
 @pytest.mark.any_jax

@@ -210,7 +210,7 @@ CALL = {
 
 def loss_by_the_handler(call: dict) -> list[jax.Array]:
     results = [jax.ShapeDtypeStruct(*result) for result in call["results"]]
-    target = jax.ffi.ffi_call("jax_bce_v2_loss", results, has_side_effect=True)
+    target = jax.ffi.ffi_call("jax_bce_v3_loss", results, has_side_effect=True)
     operands = [call[name] for name in ("logits", "labels", "scale", "smoothing")]
     attributes = {name: np.int64(call[name]) for name in ("modifiers", "reduced_rank", "count")}
     return jax.block_until_ready(target(*operands, **attributes))

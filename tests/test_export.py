@@ -23,7 +23,7 @@ from oracle import FLOAT32
 
 import jax_bce
 
-TARGET = "jax_bce_v2_loss_and_grad"
+TARGET = "jax_bce_v3_loss_and_grad"
 SHAPE = (8, 19)
 # jax-metal registers the platform in capitals.
 OTHERS = ("tpu", "rocm", "METAL")
@@ -83,7 +83,7 @@ def test_the_cpu_holds_one(cpu: str, name: str) -> None:
     traced = jax.jit(FUNCTIONS[name]).trace(*inputs())
     calls = custom_calls(traced.lower(lowering_platforms=(cpu,)).as_text())
     assert calls
-    assert all(call.startswith("jax_bce_v2_") for call in calls)
+    assert all(call.startswith("jax_bce_v3_") for call in calls)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -165,7 +165,7 @@ def test_a_kernel_is_not_exported_elsewhere(cpu: str) -> None:
         export.export(function, platforms=(cpu, "tpu"), disabled_checks=known)(*inputs())
 
 
-KERNELS = {f"jax_bce_v2_{kind}" for kind in ("loss", "loss_and_grad", "grad")}
+KERNELS = {f"jax_bce_v3_{kind}" for kind in ("loss", "loss_and_grad", "grad")}
 OPEN = {f"batch, {SHAPE[1]}": [(1, 19), (300, 19)], "rows, columns": [(1, 1), (7, 1), (3, 9000)]}
 
 

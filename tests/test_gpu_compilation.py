@@ -26,7 +26,7 @@ SMALL = 4096  # bytes: losses, scale and smoothing
 ALIGNMENT = 512  # bytes: XLA's, of a few buffers
 # An element's logit, label and gradient.
 TYPES = {("float32", "float32"): (4, 4, 4), ("bfloat16", "uint8"): (2, 1, 2)}
-FORWARD, BACKWARD, BOTH = (f"jax_bce_v2_{kind}" for kind in ("loss", "grad", "loss_and_grad"))
+FORWARD, BACKWARD, BOTH = (f"jax_bce_v3_{kind}" for kind in ("loss", "grad", "loss_and_grad"))
 
 both_types = pytest.mark.parametrize("types", TYPES, ids="+".join)
 

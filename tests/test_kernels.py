@@ -200,7 +200,7 @@ def calls(dtype: object = jnp.float32, **keywords: object) -> list[str]:
     operand = jax.ShapeDtypeStruct((16, 40), dtype)
     lowered = jax.jit(jax.value_and_grad(total)).trace(operand, operand)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    return re.findall(r"custom_call @jax_bce_v2_(\w+)", text)
+    return re.findall(r"custom_call @jax_bce_v3_(\w+)", text)
 
 
 @pytest.mark.parametrize(

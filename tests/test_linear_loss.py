@@ -434,9 +434,9 @@ def test_products(
     """Three with the gradients, and one without; a loss per row recomputes its logits."""
     program = compiled(sizes, names, block_bytes=2**22, **options)
     assert products(program) == number
-    kernels = ["jax_bce_v2_loss", "jax_bce_v2_loss_and_grad"]
+    kernels = ["jax_bce_v3_loss", "jax_bce_v3_loss_and_grad"]
     own = kernels if options and names else kernels[bool(names) :][:1]
-    assert sorted(name for name in kernel_calls(program) if name != "jax_bce_v2_total") == own
+    assert sorted(name for name in kernel_calls(program) if name != "jax_bce_v3_total") == own
 
 
 @pytest.mark.parametrize("sizes", LARGE)

@@ -162,8 +162,8 @@ def test_by_jit(mesh: Mesh, reduction: str, sharded: str, sizes: str, indices: b
         assert found[1][name].sharding.is_equivalent_to(spread[name].sharding, 2)
     assert_sends_only_gradients(program, AxisType.Explicit in mesh.axis_types)
     if reduction == "mean":
-        calls = [name for name in kernel_calls(program) if name != "jax_bce_v2_total"]
-        assert calls == ["jax_bce_v2_loss_and_grad"]
+        calls = [name for name in kernel_calls(program) if name != "jax_bce_v3_total"]
+        assert calls == ["jax_bce_v3_loss_and_grad"]
 
 
 @both_walks
@@ -352,7 +352,7 @@ def test_on_gpus(
     The sums of the features' gradient are as large as features of all devices together.
     """
     kernels, sent, temporary_bytes = of_gpus(gpus, columns, rows, labels, dtype)
-    assert kernels.count("jax_bce_v2_loss_and_grad") == 1
+    assert kernels.count("jax_bce_v3_loss_and_grad") == 1
     assert all(what.startswith("all-reduce ") for what in sent)
     n, _, d = gpu_compiler.LAYER
     assert temporary_bytes <= 1.1 * 2**26 + 2 * n * d * 4

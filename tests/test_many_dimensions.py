@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quickly
 
 MOST = 16
 RANKS = [MOST, MOST + 1]
-CALL = "jax_bce_v2"
+CALL = "jax_bce_v3"
 
 
 @pytest.fixture(autouse=True)

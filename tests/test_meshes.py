@@ -151,7 +151,7 @@ def test_as_on_one_device(mesh: Mesh, reduction: str, spec: PartitionSpec) -> No
 def test_one_call_with_a_devices_own_elements(auto: Mesh) -> None:
     spread = put(auto, inputs(), P("data", "model"))
     compiled = jax.jit(jax.value_and_grad(jax_bce.loss)).lower(*spread).compile()
-    assert kernel_calls(compiled) == ["jax_bce_v2_loss_and_grad"]
+    assert kernel_calls(compiled) == ["jax_bce_v3_loss_and_grad"]
     (call,) = re.findall(r"= \((.*?)\) custom-call\(", compiled.as_text())
     assert re.findall(r"f\d\d\[[\d,]*\]", call) == ["f64[4,4]", "f32[4,4,8]"]
 

@@ -79,7 +79,7 @@ def trained(folder: Path, processes: int) -> dict[str, np.ndarray]:
     assert programs
     for program in programs:
         text = program.read_text()
-        assert 'custom_call_target="jax_bce_v2_loss_and_grad"' in text
+        assert 'custom_call_target="jax_bce_v3_loss_and_grad"' in text
         assert "all-gather" not in text
     with np.load(folder / "trained.npz") as file:
         return dict(file)

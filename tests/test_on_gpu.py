@@ -113,7 +113,7 @@ def test_the_known_answers(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_BCE_GPU", raising=False)
     assert _kernels.fails() is None
     compiled = jax.jit(lambda x, y: jax_bce.loss_and_grad(x, y)).lower(*inputs(1000)).compile()
-    assert kernel_calls(compiled) == ["jax_bce_v2_loss_and_grad"]
+    assert kernel_calls(compiled) == ["jax_bce_v3_loss_and_grad"]
     assert compiled(*inputs(1000))[0] == jax_bce.loss(*inputs(1000), implementation=cuda)
 
 

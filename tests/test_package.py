@@ -218,7 +218,7 @@ def test_abi_mismatch_leaves_jax_alone(tmp_path: Path) -> None:
         "    warnings.simplefilter('always')\n"
         "    import jax_bce\n"
         "print([str(w.message) for w in caught])\n"
-        "print('jax_bce_v2' in jax.jit(jax_bce.loss).lower([0.0], [1.0]).as_text())\n"
+        "print('jax_bce_v3' in jax.jit(jax_bce.loss).lower([0.0], [1.0]).as_text())\n"
         "print(jax_bce.loss([0.0], [1.0]))\n"
         "try: jax_bce.loss([0.0], [1.0], implementation='cpu')\n"
         "except RuntimeError as error: print(error)\n"

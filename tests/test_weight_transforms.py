@@ -130,8 +130,8 @@ def mapped_and_in_turn(implementation: str, mapped: tuple[str, ...]) -> tuple:
 def test_vmap_is_a_loop(platform: str, mapped: tuple[str, ...]) -> None:
     """And one call of the kernel, or two with the denominator's, with the bits of each turn."""
     compiled, actual, expected = mapped_and_in_turn(platform, mapped)
-    denominator = [] if "normalizer" in mapped else ["jax_bce_v2_total"]
-    assert kernel_calls(compiled) == [*denominator, "jax_bce_v2_loss_and_grad"]
+    denominator = [] if "normalizer" in mapped else ["jax_bce_v3_total"]
+    assert kernel_calls(compiled) == [*denominator, "jax_bce_v3_loss_and_grad"]
     oracle.assert_same_bits(tuple(actual), expected)
 
 
@@ -302,11 +302,11 @@ def test_export_of_any_batch(cpu: str, reduction: str, implementation: str | Non
         jax.jit(partial(function, implementation=implementation)),
         platforms=("cpu", "tpu") if implementation is None else (cpu,),
         disabled_checks=[
-            export.DisabledSafetyCheck.custom_call(f"jax_bce_v2_{kind}")
+            export.DisabledSafetyCheck.custom_call(f"jax_bce_v3_{kind}")
             for kind in ("total", "loss_and_grad")
         ],
     )(shapes)
-    assert ("jax_bce_v2" in exported.mlir_module()) == (implementation == cpu)
+    assert ("jax_bce_v3" in exported.mlir_module()) == (implementation == cpu)
     for rows in 1, 9:
         operands = {
             name: value[:rows] if ROWS in value.shape else value
@@ -354,7 +354,7 @@ def test_on_gpus_that_are_not_there(require: Callable[[str], None]) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=gpu_compiler.prepare) as process:
         calls, large, temporaries, sent = process.submit(compiled, "1x1x1").result()
-        assert calls == ["jax_bce_v2_total", "jax_bce_v2_loss_and_grad"]
+        assert calls == ["jax_bce_v3_total", "jax_bce_v3_loss_and_grad"]
         assert large == calls[1:]
         assert temporaries < 2**20
         assert sent == []

@@ -36,7 +36,10 @@ _NARROW, _MANY_ROWS = 32, 4096
 # (csrc/bce_problem.h, csrc/ffi_common.h).
 DIVISOR = ("divisor", "divisor_low")
 FOCAL = ("alpha", "gamma", "gamma_pos", "clip")
-MODIFIERS = ("weight", "sample_weight", "pos_weight", "where", "ignore_label", *FOCAL, *DIVISOR)
+MODIFIERS = (
+    *("weight", "sample_weight", "pos_weight", "where", "ignore_label", *FOCAL, "hess_floor"),
+    *DIVISOR,
+)
 
 # The number of float64 numbers that a kernel needs besides its results, given rows and columns.
 Workspace = Callable[[Any, Any], Any]
@@ -66,7 +69,7 @@ def why_no_call(
         context, _ = _wide_result(context)
     inputs, outputs = arrays(context.avals_in), arrays(context.avals_out)
     summed = _summed(kind, reduced_rank)
-    results = (kind != "grad", kind in ("loss_and_grad", "grad"))
+    results = (kind != "grad", kind in ("loss_and_grad", "grad", "hess_and_grad"))
     reason = refusal(inputs, outputs, *results, _bits(modifiers), summed, count)
     return f"these shapes ({reason.removeprefix('jax_bce: ')})" if reason else None
 

@@ -31,6 +31,7 @@ from jax_bce._reference import (
     elements,
     focus_of,
     formulas,
+    reference,
     sum_trailing,
     times,
 )
@@ -151,6 +152,40 @@ def _jvp_of_total(
     return results, [total_dot, jnp.zeros_like(results[1])]
 
 
+def _jvp_of_hessian(
+    primals: Sequence[Array], tangents: Sequence[Any], **params: Any
+) -> tuple[list[Array], list[Array]]:
+    """The tangent of the Hessian is that of its formula; of the gradient, that of loss_and_grad."""
+    primals = [primal if isinstance(primal, Array) else jnp.asarray(primal) for primal in primals]
+    outputs = bce(*primals, kind="hess_and_grad", **params)
+    is_zero = [isinstance(dot, ad.Zero) for dot in tangents]
+
+    def hessian_of(*moving: Array) -> Array:
+        values = iter(moving)
+        operands = [p if zero else next(values) for p, zero in zip(primals, is_zero, strict=True)]
+        given = params | {"kind": "hess_and_grad"}
+        del given["implementation"], given["transposed"]
+        return reference(*operands, **given)[0]
+
+    _, hessian_dot = jax.jvp(
+        hessian_of,
+        [p for p, zero in zip(primals, is_zero, strict=True) if not zero],
+        [dot for dot in tangents if not isinstance(dot, ad.Zero)],
+    )
+    floor = len(_OPERANDS) + params["modifiers"].index("hess_floor")
+    names = tuple(name for name in params["modifiers"] if name != "hess_floor")
+    rest = [i for i in range(len(primals)) if i != floor]
+    if all(is_zero[i] for i in rest):
+        return outputs, [hessian_dot, jnp.zeros_like(outputs[1])]
+    _, (_, gradient_dot) = _jvp(
+        [primals[i] for i in rest],
+        [tangents[i] for i in rest],
+        kind="loss_and_grad",
+        **params | {"modifiers": names},
+    )
+    return outputs, [hessian_dot, jnp.broadcast_to(gradient_dot, outputs[1].shape)]
+
+
 def _jvp(
     primals: Sequence[Array],
     tangents: Sequence[Any],
@@ -164,6 +199,15 @@ def _jvp(
     if kind == "total":
         return _jvp_of_total(
             primals, tangents, modifiers=modifiers, reduced_rank=reduced_rank, **common
+        )
+    if kind == "hess_and_grad":
+        return _jvp_of_hessian(
+            primals,
+            tangents,
+            modifiers=modifiers,
+            reduced_rank=reduced_rank,
+            gradient_dtype=gradient_dtype,
+            **common,
         )
     if kind == "grad":
         raise NotImplementedError(

@@ -234,6 +234,8 @@ def runs(
     """
     if platform == "cpu":
         return missing("cpu") is None
+    if kind == "hess_and_grad":  # XLA fuses it into one pass: there is no CUDA kernel
+        return False
     wanted = implementation or pinned()
     if wanted == "xla":
         return False

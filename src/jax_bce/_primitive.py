@@ -4,6 +4,7 @@
     loss     = factor * (element losses, summed over the last reduced_rank dimensions)
     gradient = factor * (element gradients)
     total    = factor * (weights of the elements that are not dropped, summed likewise)
+    hessian  = factor * weight * max(second derivative of the element, hess_floor)
 
 The operands are logits, labels, scale, smoothing (of the labels), and those of `_call.MODIFIERS`
 that the parameter `modifiers` names. With a gamma among them, the loss is focal or asymmetric, and
@@ -13,12 +14,14 @@ arithmetic's dtype, float32 (float64 for float64 logits); ignore_label has the l
 is bool. scale and divisor have size 1 in the summed dimensions; if one is 0, the results are 0. A
 summed loss has the arithmetic's dtype, too; an element's loss and gradient may be rounded to a
 16-bit dtype. A vmapped axis is one more leading dimension. `transposed` says that the summed
-dimensions were moved last for this call, and only matters for the choice of a kernel. The four
-kinds differ in their results: "loss", "loss_and_grad", "grad", and "total", which is the divisor of
-another call: a number of the arithmetic's dtype, and its rounding error.
+dimensions were moved last for this call, and only matters for the choice of a kernel. The five
+kinds differ in their results: "loss", "loss_and_grad", "grad"; "hess_and_grad", which sums nothing,
+and whose Hessian has the dtype of a loss; and "total", which is the divisor of another call: a
+number of the arithmetic's dtype, and its rounding error.
 
-On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v2_<kind>`. If that is not available,
-and on all other platforms, XLA compiles `_reference.py`.
+On CPU and CUDA, a kind is one call of the FFI target `jax_bce_v3_<kind>`; there is no
+"hess_and_grad" on CUDA. If the target is not available, and on all other platforms, XLA compiles
+`_reference.py`.
 """
 
 import functools
@@ -156,6 +159,7 @@ def _shapes(*operands: Any, kind: str, reduced_rank: int, **params: Any) -> list
         "loss_and_grad": [loss, gradient],
         "grad": [gradient],
         "total": [loss, loss],
+        "hess_and_grad": [loss, gradient],
     }[kind]
 
 
@@ -261,7 +265,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
             fallback = mlir.lower_fun(reference, multiple_results=True)
             return fallback(context, *operands, **params)
         workspace = _kernels.workspace if platform == "cuda" else lambda rows, columns: 0
-        return ffi_call(context, operands, f"jax_bce_v2_{params['kind']}", workspace, **call)
+        return ffi_call(context, operands, f"jax_bce_v3_{params['kind']}", workspace, **call)
 
     return rule
 

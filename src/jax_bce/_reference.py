@@ -166,6 +166,11 @@ def element_hessian(element: Elements) -> Array:
     return total * (jax.nn.sigmoid(element.logits) * jax.nn.sigmoid(-element.logits))
 
 
+def floored_hessian(element: Elements, floor: Array) -> Array:
+    """The second derivative, at least the floor."""
+    return jnp.maximum(element_hessian(element), floor.astype(element.logits.dtype))
+
+
 def by_label(element: Elements) -> tuple[Array, Array]:
     """The derivatives of loss and gradient with respect to the smoothed label."""
     x, q = element.logits, element.pos_weight
@@ -492,6 +497,8 @@ def reference(
         return sum_of_weights(element, shape, reduced_rank, count)
     focus = focus_of(given, element.logits.dtype, constant_power)
     loss_of, gradient_of = formulas(focus)
+    if kind == "hess_and_grad":
+        loss_of = functools.partial(floored_hessian, floor=given["hess_floor"])
     divisor = given.get("divisor")
     results = []
     if kind != "grad":

@@ -1,15 +1,14 @@
 """Losses related to the cross-entropy.
 
-Focal and asymmetric losses are calls of the same primitive as `loss`, with a gamma. The others are
-formulas of `_reference.py`, compiled by XLA. Weights, masks, reductions, denominators and types use
-the code of `loss`.
+Focal and asymmetric losses are calls of the same primitive as `loss`, with a gamma; first and
+second derivatives are a kind of its own. The loss of probabilities is a formula of `_reference.py`,
+compiled by XLA. Weights, masks, reductions, denominators and types use the code of `loss`.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
 
 from typing import Unpack, get_args
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -268,12 +267,14 @@ def grad_and_hess(
       weight: as for `loss`.
       sample_weight: as for `loss`.
       pos_weight: as for `loss`.
-      hess_floor: lower bound of h before weights, at least 0; XGBoost uses 1e-16.
+      hess_floor: lower bound of h before weights, at least 0: a number, or one per class
+        (trailing-aligned). XGBoost uses 1e-16.
 
     Returns:
       The gradient and the diagonal of the Hessian of ``loss(..., reduction="sum")``, each with the
-      logits' shape and dtype. The Hessian decays as ``exp(-|x|)`` and is 0 for ``|x|`` above 87 (in
-      float32), where XLA flushes it.
+      logits' shape and dtype. On a CPU, a kernel computes both in one pass; elsewhere, XLA compiles
+      the formulas. The Hessian decays as ``exp(-|x|)``. The kernel returns it down to the smallest
+      subnormal number, at ``|x|`` of 103 in float32; XLA may flush it to 0 above 87.
 
     Derivatives:
       As for `loss`.
@@ -288,7 +289,7 @@ def grad_and_hess(
       >>> import jax.numpy as jnp, jax_bce
       >>> gradient, hessian = jax_bce.grad_and_hess(jnp.array([0.0, 1.0]), jnp.array([0, 1]))
       >>> print(gradient, hessian)
-      [ 0.5        -0.26894143] [0.25       0.19661194]
+      [ 0.5        -0.26894143] [0.25       0.19661193]
     """
     arguments = checked(
         logits,
@@ -303,8 +304,5 @@ def grad_and_hess(
 
 
 def _grad_and_hess(call: Call) -> tuple[Array, Array]:
-    _, gradient = bce(*call.operands, kind="loss_and_grad", **call.params)
-    element = call.elements()
-    hessian = jnp.maximum(_reference.element_hessian(element), call.number("hess_floor"))
-    hessian = jnp.broadcast_to(element.weighted(hessian), call.shape)
-    return gradient, hessian.astype(gradient.dtype)
+    hessian, gradient = bce(*call.operands, kind="hess_and_grad", **call.params)
+    return gradient, hessian

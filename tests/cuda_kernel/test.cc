@@ -361,7 +361,7 @@ int main(int count, char** arguments) {
         }
   // Focal losses, with every choice of their own numbers and of other modifiers.
   for (Type logits : {Type::kF32, Type::kF64, Type::kBF16, Type::kF16})
-    for (int modifiers = 0; modifiers < 1 << kModifiers; ++modifiers) {
+    for (int modifiers = 0; modifiers < 1 << kModifiersOfLosses; ++modifiers) {
       if (!(modifiers >> kGamma & 1) || modifiers >> kPosWeight & 1) continue;
       for (int64_t n : {1 + cases % 70, 1000 + 7 * (cases % 9)}) {
         if (++cases % 23 && effort < 0) continue;

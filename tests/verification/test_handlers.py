@@ -23,9 +23,15 @@ pytestmark = pytest.mark.any_jax
 # What a call may break, in names of its parts, and the words of the error.
 COMMON = ("weight", "sample_weight", "pos_weight", "where", "ignore_label")
 FOCAL = ("alpha", "gamma", "gamma_pos", "clip")
-NAMES = (*COMMON, *FOCAL)
+NAMES = (*COMMON, *FOCAL, "hess_floor")
 CONSTANT_POWER = 1 << len(NAMES) + 2
-TARGETS = {"loss": (1, 0), "loss_and_grad": (1, 1), "grad": (0, 1), "total": (1, 0)}
+TARGETS = {
+    "loss": (1, 0),
+    "loss_and_grad": (1, 1),
+    "grad": (0, 1),
+    "total": (1, 0),
+    "hess_and_grad": (1, 1),
+}
 TYPES = (*oracle.FLOATS, *oracle.INTEGERS)
 FOREIGN = tuple(
     np.dtype(name)
@@ -66,7 +72,7 @@ class Call:
             for name, (shape, dtype) in self.operands.items()
         ]
         results = [jax.ShapeDtypeStruct(*result) for result in self.results.values()]
-        call = jax.ffi.ffi_call(f"jax_bce_v2_{self.target}", results, has_side_effect=True)
+        call = jax.ffi.ffi_call(f"jax_bce_v3_{self.target}", results, has_side_effect=True)
         return [*map(np.asarray, call(*operands, **self.attributes))]
 
 
@@ -75,7 +81,7 @@ def right_calls(draw: st.DrawFn) -> Call:
     target = draw(st.sampled_from([*TARGETS]))
     least = int(target == "total")  # a sum, over one dimension or more
     shape = tuple(draw(st.lists(st.integers(1, 5), min_size=least, max_size=4)))
-    reduced = draw(st.integers(least, len(shape)))
+    reduced = 0 if target == "hess_and_grad" else draw(st.integers(least, len(shape)))
     leading = len(shape) - reduced
     logits_dtype, labels_dtype = draw(st.sampled_from(oracle.FLOATS)), draw(st.sampled_from(TYPES))
     arithmetic = oracle.FLOAT64 if logits_dtype == oracle.FLOAT64 else oracle.FLOAT32
@@ -102,7 +108,9 @@ def right_calls(draw: st.DrawFn) -> Call:
         "smoothing": (broadcast(leading) if not (loss and reduced) else factor(), arithmetic),
     }
     given = draw(st.sets(st.sampled_from(COMMON)))
-    if draw(st.booleans()):
+    if target == "hess_and_grad":
+        given = given | {"hess_floor"}
+    elif draw(st.booleans()):
         given = given - {"pos_weight"} | {"gamma"} | draw(st.sets(st.sampled_from(FOCAL)))
     for name in NAMES:
         if name in given:
@@ -226,6 +234,50 @@ def half_a_focal_loss(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     return replace(call, operands=operands, attributes=attributes), words
 
 
+def floor_of_hessians(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
+    """None for the target that has it, or one for another."""
+    operands = dict(call.operands)
+    if call.target == "hess_and_grad":
+        del operands["hess_floor"]
+        words = "hess_floor is missing"
+    else:
+        place = [n for n in operands if not n.startswith("divisor")]
+        items = [*operands.items()]
+        floor = ("hess_floor", ((), call.arithmetic))
+        operands = dict([*items[: len(place)], floor, *items[len(place) :]])
+        words = "only hess_and_grad has a hess_floor"
+    bit = 1 << NAMES.index("hess_floor")
+    attributes = call.attributes | {"modifiers": np.int64(int(call.attributes["modifiers"]) ^ bit)}
+    return replace(call, operands=operands, attributes=attributes), words
+
+
+def gamma_of_hessians(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
+    if call.target != "hess_and_grad" or "pos_weight" in call.operands:
+        return None
+    items = [*call.operands.items()]
+    place = [n for n, _ in items].index("hess_floor")
+    operands = dict([*items[:place], ("gamma", ((), call.arithmetic)), *items[place:]])
+    bit = 1 << NAMES.index("gamma")
+    attributes = call.attributes | {"modifiers": np.int64(int(call.attributes["modifiers"]) | bit)}
+    return replace(call, operands=operands, attributes=attributes), "hess_and_grad has no gamma"
+
+
+def sum_of_hessians(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
+    """A call that is right but for its sum."""
+    if call.target != "hess_and_grad" or "divisor" in call.operands or not call.shape:
+        return None
+    reduced = draw(st.integers(1, len(call.shape)))
+    names = [n for n in ("labels", "scale", "smoothing") if n in call.operands]
+    operands = dict(call.operands)
+    for name in names:
+        operands[name] = ((), operands[name][1])
+    rows = (call.shape[: len(call.shape) - reduced], call.arithmetic)
+    attributes = call.attributes | {"reduced_rank": np.int64(reduced)}
+    results = call.results | {"loss": rows}
+    broken = replace(call, operands=operands, attributes=attributes, results=results)
+    return broken, f"hess_and_grad needs a reduced_rank of 0, got {reduced}"
+
+
 def reduced_rank(draw: st.DrawFn, call: Call) -> tuple[Call, str] | None:
     large = st.integers(len(call.shape) + 1, 2**63 - 1)
     wrong = draw(st.one_of(st.integers(-(2**63), -1), large))
@@ -305,6 +357,9 @@ BREAKS: tuple[Break, ...] = (
     number_of_operands,
     bits,
     half_a_focal_loss,
+    floor_of_hessians,
+    gamma_of_hessians,
+    sum_of_hessians,
     reduced_rank,
     total_of_nothing,
     count,

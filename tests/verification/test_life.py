@@ -201,7 +201,7 @@ rows, columns = 16_000_000, 4 * 8192
 operands = (np.zeros((1, columns), np.float32), np.zeros((rows, 1), np.uint8),
             np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32))
 attributes = {"modifiers": np.int64(0), "reduced_rank": np.int64(1), "count": np.int64(columns)}
-target = jax.ffi.ffi_call("jax_bce_v2_loss", [jax.ShapeDtypeStruct((rows,), np.float32)])
+target = jax.ffi.ffi_call("jax_bce_v3_loss", [jax.ShapeDtypeStruct((rows,), np.float32)])
 large = jax.jit(lambda *operands: target(*operands, **attributes)).lower(*operands).compile()
 operands = jax.device_put(operands)
 expected = bits(call(0, True))
@@ -279,7 +279,7 @@ def choose(bits):
 
 right = jax.jit(lambda x, y: ours(x, y, implementation="cpu"))
 target = jax.ffi.ffi_call(
-    "jax_bce_v2_loss", [jax.ShapeDtypeStruct((7,), np.float32)], has_side_effect=True)
+    "jax_bce_v3_loss", [jax.ShapeDtypeStruct((7,), np.float32)], has_side_effect=True)
 attributes = {"modifiers": np.int64(0), "reduced_rank": np.int64(1), "count": np.int64(3)}
 wrong = jax.jit(lambda *operands: target(*operands, **attributes))
 one = np.ones((1, 1), np.float32)

@@ -44,7 +44,7 @@ ffi::Error run(ffi::ThreadPool, ffi::AnyBuffer logits, ffi::AnyBuffer labels, ff
 #define BCE_HANDLER(name, ...)                                     \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (jax_bce::run<__VA_ARGS__>), \
                                 jax_bce::Signature<jax_bce::ffi::ThreadPool>())
-BCE_HANDLER(jax_bce_v2_loss, true, false);
-BCE_HANDLER(jax_bce_v2_loss_and_grad, true, true);
-BCE_HANDLER(jax_bce_v2_grad, false, true);
-BCE_HANDLER(jax_bce_v2_total, true, false, true);
+BCE_HANDLER(jax_bce_v3_loss, true, false);
+BCE_HANDLER(jax_bce_v3_loss_and_grad, true, true);
+BCE_HANDLER(jax_bce_v3_grad, false, true);
+BCE_HANDLER(jax_bce_v3_total, true, false, true);

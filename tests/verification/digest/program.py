@@ -7,6 +7,7 @@ the handlers of that file take the place of the CPU kernel's (cuda_on_host.cc).
 """
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import json
@@ -30,7 +31,7 @@ def use_handlers_of(library: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     symbols = ctypes.CDLL(library)
-    handlers = {f"jax_bce_v2_{name}": getattr(symbols, f"jax_bce_v2_{name}") for name in TARGETS}
+    handlers = {f"jax_bce_v3_{name}": getattr(symbols, f"jax_bce_v3_{name}") for name in TARGETS}
     module.registrations = lambda: {
         name: {"execute": jax.ffi.pycapsule(handler)} for name, handler in handlers.items()
     }
@@ -132,6 +133,19 @@ def focal_cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
     )
 
 
+def hessian_cases(shape: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
+    yield "second derivatives", {}
+    yield (
+        "second derivatives, every option",
+        {
+            "weight": numbers(shape, 3, 0, 3),
+            "sample_weight": numbers(shape[:1], 6, 1, 2),
+            "pos_weight": numbers(shape[-1:], 4, 0, 4),
+            "hess_floor": numbers(shape[-1:], 7, 0, 1) / 8,
+        },
+    )
+
+
 OF_PAIRS = {"reduction": "sum", "axis": -1, "dtype": "float64"}
 FOCAL_OF_DENSE = (
     ("focal, dense", {"gamma": 2.0}),
@@ -164,11 +178,12 @@ def results_of(losses: ModuleType, name: str, options: dict, implementation: str
 
 
 def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, str]:
-    """Of each case, that of the loss and that of the gradient."""
+    """Of each case, that of the loss and that of the gradient, or those of two derivatives."""
     found = {}
 
     def add(key: str, call: Callable, *operands: jax.Array) -> None:
-        for what, result in zip(("loss", "gradient"), jax.jit(call)(*operands), strict=True):
+        results = ("gradient", "hessian") if "second" in key else ("loss", "gradient")
+        for what, result in zip(results, jax.jit(call)(*operands), strict=True):
             array = np.asarray(result)
             assert not np.isnan(array.astype(np.float64)).any(), key
             found[f"{what}, {key}"] = hashlib.sha256(array.tobytes()).hexdigest()[:16]
@@ -188,6 +203,10 @@ def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, s
                         pairs,
                         jnp.full(pairs.shape, label, dtype),
                     )
+        for label in (0, 1, 0.3) if focal else ():
+            labels = jnp.full(logits.shape, label, dtype)
+            key = f"second derivatives, dense, {dtype}, label {label}"
+            add(key, losses.grad_and_hess, logits, labels)
     for number, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             logits = numbers(shape, number, -16, 16)
@@ -201,6 +220,10 @@ def digests(implementation: str, losses: ModuleType, focal: bool) -> dict[str, s
                     call = results_of(losses, name, options, implementation)
                     key = f"{name}, {dtype}, {' x '.join(map(str, shape))}"
                     add(key, call, jnp.asarray(logits, dtype), labels)
+                for name, options in hessian_cases(shape) if focal else ():
+                    key = f"{name}, {kind} labels, {dtype}, {' x '.join(map(str, shape))}"
+                    call = functools.partial(losses.grad_and_hess, **options)
+                    add(key, call, jnp.asarray(logits, dtype), labels)
     return found
 
 
@@ -211,7 +234,7 @@ def main() -> None:
     import jax_bce
 
     jax.config.update("jax_enable_x64", True)
-    # Of focal losses there is only the CPU's kernel.
+    # Of focal losses and second derivatives there is only the CPU's kernel.
     focal = implementation == "cpu" and not library
     print(json.dumps(digests(implementation, jax_bce, focal), indent=1))
 

@@ -70,7 +70,7 @@ struct Buffer {
 };
 
 struct Drawn {
-  int target;  // loss, loss_and_grad, grad, total
+  int target;  // loss, loss_and_grad, grad, total, hess_and_grad
   std::vector<Buffer> operands, results;
   int64_t modifiers, reduced_rank, count;
   bool tame;       // numbers of which the definition in long double is close to the results
@@ -78,7 +78,8 @@ struct Drawn {
   unsigned flags;  // of the caller's floating-point mode
 
   bool loss() const { return target != 2; }
-  bool gradient() const { return target == 1 || target == 2; }
+  bool gradient() const { return target == 1 || target == 2 || hessian(); }
+  bool hessian() const { return target == 4; }  // in the place of the loss
 };
 
 constexpr ffi::DataType kFloats[] = {ffi::DataType::F16, ffi::DataType::BF16, ffi::DataType::F32,
@@ -124,9 +125,10 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   Drawn call;
   const Shape shape = given_shape ? *given_shape : any_shape(source);
   const int64_t rank = shape.size();
-  call.target = source.below(rank > 0 ? 4 : 3);
+  constexpr int kTargets[] = {0, 1, 2, 4, 3};
+  call.target = kTargets[source.below(rank > 0 ? 5 : 4)];
   const int64_t least = call.target == 3;  // a total is a sum
-  call.reduced_rank = least + source.below(rank + 1 - least);
+  call.reduced_rank = call.hessian() ? 0 : least + source.below(rank + 1 - least);
   const int64_t leading = rank - call.reduced_rank;
   const bool sums = call.loss() && call.reduced_rank > 0;
   const ffi::DataType logits = source.of(kFloats), labels = any_type(source);
@@ -143,10 +145,13 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   call.modifiers = modifiers >= 0 ? modifiers : some ? source.below(8 << kModifiers) : 0;
   // Both parts of a divisor, or none; gamma with the other numbers of a focal loss, or none of
   // them.
-  constexpr int64_t kFocal = (1 << kModifiers) - (1 << kModifiersOfAll),
+  constexpr int64_t kFocal = (1 << kModifiersOfLosses) - (1 << kModifiersOfAll),
                     kDivisors = 3 << kModifiers;
   if ((call.modifiers & kDivisors) != kDivisors) call.modifiers &= ~kDivisors;
-  if (call.modifiers & 1 << kGamma)
+  call.modifiers &= ~int64_t{1 << kHessFloor};
+  if (call.hessian())
+    call.modifiers = (call.modifiers & ~kFocal) | 1 << kHessFloor;
+  else if (call.modifiers & 1 << kGamma)
     call.modifiers &= ~int64_t{1 << kPosWeight};
   else
     call.modifiers &= ~kFocal;
@@ -311,6 +316,7 @@ inline std::vector<char> numbers(const Drawn& call, const Buffer& array, const s
                         : name == "divisor_low"  ? pick({0})
                         : name == "ignore_label" ? float(bits % 2)
                         : name == "where"        ? float(bits % 4 != 0)
+                        : name == "hess_floor"   ? is_float * pick({0, 0, 0.125, 0.25, 0.5})
                         : name == "alpha"        ? pick({0.25, 0.5, 1, 0, 0.75})
                         : name == "gamma"        ? pick({2, 1, 4, 0, 0.5, 1.5, 3, 5})
                         : name == "gamma_pos"    ? pick({1, 2, 0, 4, 0.5, 2.5})
@@ -424,7 +430,8 @@ inline std::string invoke(const Drawn& call, const std::vector<char*>& at, Pool&
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(call.results.size()),
                 ret_types.data(), pointers.data() + operands};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 3, attr_types, name_pointers, scalar_pointers};
-  constexpr XLA_FFI_Handler* kHandlers[] = {BceLoss, BceLossAndGrad, BceGrad, BceTotal};
+  constexpr XLA_FFI_Handler* kHandlers[] = {BceLoss, BceLossAndGrad, BceGrad, BceTotal,
+                                            BceHessAndGrad};
   XLA_FFI_Error* error = kHandlers[call.target](&frame);
   if (!error) return "";
   const auto message = reinterpret_cast<std::string*>(error);
@@ -455,6 +462,12 @@ inline Element cross_entropy(long double x, long double y, long double p) {
   const long double opposite = x >= 0 ? e / (1 + e) : 1 / (1 + e);
   return {p * down + n * up, n * sigmoid - p * opposite, std::fabs(p) * down + std::fabs(n) * up,
           std::max(std::fabs(n) * sigmoid, std::fabs(p) * opposite)};
+}
+
+// The second derivative, for t = 1 - y + p.
+inline long double hessian(long double x, long double t) {
+  const long double e = std::exp(-std::fabs(x));
+  return t * (e / ((1 + e) * (1 + e)));
 }
 
 // As bce_focal.h defines it, for labels from 0 to 1.
@@ -498,7 +511,7 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
   const auto where = reader("where", 1), ignored = reader("ignore_label", 0);
   const auto weight_of = reader("weight", 1), sample_weight = reader("sample_weight", 1);
   const auto pos_weight = reader("pos_weight", 1), alpha_of = reader("alpha", 1);
-  const auto gamma = reader("gamma", 0), clip = reader("clip", 0);
+  const auto floor = reader("hess_floor", 0), gamma = reader("gamma", 0), clip = reader("clip", 0);
   const auto has = [&](ModifierName name) { return (call.modifiers >> name & 1) != 0; };
   const auto gamma_pos = reader(has(kGammaPos) ? "gamma_pos" : "gamma", 0);
   // The contract of a focal loss has more ulp.
@@ -558,6 +571,9 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
       const bool constant_power = call.modifiers & kConstantPower;
       element = has(kGamma) ? focal(x, y, gamma(at), gamma_pos(at), clip(at), constant_power)
                             : cross_entropy(x, y, y * pos_weight(at));
+      if (call.hessian())
+        element.loss = element.loss_scale =
+            std::max(hessian(x, 1 - y + y * pos_weight(at)), floor(at));
     }
     const long double times = weight * factor;
     if (sums) {
@@ -583,7 +599,7 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
 inline std::vector<std::string> names_of(const Drawn& call) {
   std::vector<std::string> names = {"logits", "labels", "scale", "smoothing"};
   const char* const modifiers[] = {"weight", "sample_weight", "pos_weight", "where", "ignore_label",
-                                   "alpha",  "gamma",         "gamma_pos",  "clip"};
+                                   "alpha",  "gamma",         "gamma_pos",  "clip",  "hess_floor"};
   for (int i = 0; i < kModifiers; ++i)
     if (call.modifiers >> i & 1) names.push_back(modifiers[i]);
   if (call.modifiers >> kModifiers & 3) names.insert(names.end(), {"divisor", "divisor_low"});

@@ -58,16 +58,16 @@ Counts sizes(int64_t stride) {
 Counts modifiers(int times) {
   Pool pool(0);
   Counts counts;
-  for (int64_t bits = 0; bits < 1 << kModifiers; ++bits) {
+  for (int64_t bits = 0; bits < 1 << kModifiersOfLosses; ++bits) {
     const bool focal = bits >> kGamma & 1;
     if (bits >> kModifiersOfAll && !focal) continue;
     // Of a focal loss, which has no pos_weight, every 16th set in the short form.
     if (focal && (times > 1 ? bits >> kPosWeight & 1 : bits % 16 != bits >> kGamma)) continue;
     for (const int64_t more : {0, 3, 4, 7}) {  // a divisor's parts, and the power as a constant
       if (more > 3 && !focal) continue;
-      for (int target = 0; target < 4; ++target)
+      for (int target = 0; target < (focal ? 4 : 5); ++target)
         for (int time = 0; time < times; ++time) {
-          Source source(((bits * 8 + more) * 4 + target) * 1000 + time);
+          Source source(((bits * 8 + more) * 5 + target) * 1000 + time);
           Drawn call;
           do call = draw(source, nullptr, bits | more << kModifiers);
           while (call.target != target);
