@@ -288,7 +288,7 @@ def test_spread_over_a_mesh(cpu: str, warned: Warned, kind: AxisType) -> None:
 def test_vmap_calls_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what all mapped elements hold: those of one alone may be too few to judge."""
     calls = []
-    monkeypatch.setattr(_check, "_warn", lambda line, found: calls.append(found))
+    monkeypatch.setattr(_check, "_warn", lambda line, judges, found: calls.append(found))
     with jax_bce.checking():
         jax.jit(jax.vmap(jax.vmap(mean, (0, None))))(PROBS, ZEROS_AND_ONES[:, 0])
     of_operands = [found for found in calls if "logits" in found]

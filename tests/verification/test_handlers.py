@@ -419,10 +419,13 @@ def test_a_modifier_of_another_size_is_refused(
     own = {n: tuple(shape) if n == name else () for n in NAMES if n in given}
     operands = {"logits": (6, 6), "labels": (6, 6), "scale": (), "smoothing": ()} | own
     dtypes = {"where": np.dtype(bool)}
+    kind, results = "grad", ("gradient",)
+    if name == "hess_floor":
+        kind, results = "hess_and_grad", ("hessian", "gradient")
     call = Call(
-        "grad",
+        kind,
         {n: (form, dtypes.get(n, oracle.FLOAT32)) for n, form in operands.items()},
-        {"gradient": ((6, 6), oracle.FLOAT32)},
+        dict.fromkeys(results, ((6, 6), oracle.FLOAT32)),
         {
             "modifiers": np.int64(sum(1 << NAMES.index(n) for n in given)),
             "reduced_rank": np.int64(0),
