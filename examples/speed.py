@@ -5,7 +5,7 @@
 
 This script measures nothing. `make bench` writes benchmarks/results/cpu-DATE.jsonl, with one line
 for each function, size and implementation; the script shows the medians. benchmarks/linear.py
-writes cpu-linear-DATE.jsonl.
+writes cpu-linear-DATE.jsonl, and benchmarks/options.py what its --output says.
 """
 
 import argparse
@@ -47,6 +47,28 @@ CALLS = (
     ("compiling loss and gradient", "value_and_grad(loss)", "compile"),
     ("the import, after jax", "import", "import"),
 )
+# The cases of benchmarks/options.py, in the words of the page.
+OPTIONS = {
+    "unweighted": "without options",
+    "pos_weight (C,)": "`pos_weight` (C,)",
+    "row mask": "`where` (B,)",
+    "pos_weight (C,), row mask": "`pos_weight` (C,), `where` (B,)",
+    "label_smoothing": "`label_smoothing`",
+    "sample_weight (B,)": "`sample_weight` (B,)",
+    "weight (C,), sample_weight (B,)": "`weight` (C,), `sample_weight` (B,)",
+    "mask (B, C)": "`where` (B, C)",
+    "ignore_label": "`ignore_label`",
+    "optax: pos_weight (C,), row mask": "optax, with `pos_weight` (C,) and a row mask by hand",
+    "focal_loss": "`focal_loss`",
+    "focal_loss, gamma 1.5": "`focal_loss`, gamma 1.5",
+    "asymmetric_loss": "`asymmetric_loss`",
+    "optax: sigmoid_focal_loss": "optax's `sigmoid_focal_loss`",
+    "PyTorch: torchvision's focal loss": "torchvision's focal loss in PyTorch, eager",
+    "PyTorch: timm's asymmetric loss": "timm's asymmetric loss in PyTorch, eager",
+    "grad_and_hess": "`grad_and_hess`, with XGBoost's floor",
+    "plain jnp": "the same in plain jnp",
+    "loss_and_grad, not reduced": '`loss_and_grad`, `reduction="none"`',
+}
 # The text of a page between `<!-- speed.py: NAME -->` and `<!-- end -->`.
 MARKED = re.compile(r"(<!-- speed\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -90,6 +112,20 @@ def calls() -> list[str]:
         shown = [f"{t / size:,.0f}" if t / size >= 100 else f"{t / size:.1f}" for t in (ours, peer)]
         cells = (f"{shown[0]} {unit}", f"{shown[1]} {unit} ({peer / ours:.1f}x)")
         rows.append(f"| {text} | {' | '.join(cells)} |")
+    return rows
+
+
+def options() -> list[str]:
+    """A Markdown table of the newest `cpu-options-DATE.jsonl`: milliseconds, and ratios."""
+    path = max((ROOT / "benchmarks" / "results").glob("cpu-options-*.jsonl"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {line["case"]: line for line in lines if line["shape"] == lines[0]["shape"]}
+    rows = ["| | ms | ratio |", "| --- | ---: | ---: |"]
+    for case, words in OPTIONS.items():
+        if case in found:  # PyTorch may have been left out
+            time, ratio = found[case]["median_ms"], found[case]["ratio"]
+            shown = f"{time:.1f}" if time < 100 else f"{time:,.0f}"
+            rows.append(f"| {words} | {shown} | {ratio:.2f} |")
     return rows
 
 
@@ -216,6 +252,7 @@ def texts(record: list[dict]) -> dict[str, str]:
         "dtypes_on_one_core": best_others(record, one_core=True),
         "warm": table(times(record, both, "warm"), [*peers, COPY]),
         "calls": calls(),
+        "options": options(),
         "linear": linear(),
     }
     words = {"where": textwrap.fill(where(record), 98), "ratios": textwrap.fill(ratios(fresh), 98)}
