@@ -6,8 +6,8 @@ Times compiled `value_and_grad` of the mean loss of float32 logits with uint8 la
 takes one sample of every case, in a rotating order. The table shows medians over the rounds: of the
 time, and of its ratio to the case it is compared with. A second table is for many rows of two
 logits, with per-row options, computed by the kernel and by XLA. A third is for `grad_and_hess` with
-XGBoost's floor, beside plain jnp. `temporary` is the memory that XLA
-allocates in addition to operands and results. The process uses the default memory settings ("fresh"
+XGBoost's floor, beside plain jnp. `temporary` is the memory that XLA allocates in addition to
+operands and results. The process uses the default memory settings ("fresh"
 in bench.py). If it kept its memory ("warm"), XLA would reuse memory only in programs that are a
 single call, and the unweighted call would be compared with calls that suffer page faults.
 
@@ -181,6 +181,22 @@ def torch_peers(logits: jax.Array, labels: jax.Array) -> dict[str, tuple[Callabl
     }
 
 
+def donated(logits: jax.Array, labels: jax.Array) -> dict[str, tuple[Callable[[], None], str]]:
+    """The call whose gradient is written over that of the last one: no page is new."""
+
+    def value_and_grad(logits, labels, buffer):
+        return jax.value_and_grad(jax_bce.loss)(logits, labels)
+
+    function = jax.jit(value_and_grad, donate_argnums=2, keep_unused=True)
+    buffers = [jnp.zeros_like(logits)]
+
+    def call() -> None:
+        _, gradient = jax.block_until_ready(function(logits, labels, buffers.pop()))
+        buffers.append(gradient)
+
+    return {"into a donated buffer": (call, "unweighted")}
+
+
 def measure(
     found: dict[str, Case],
     others: dict[str, Callable[[], object]],
@@ -251,6 +267,7 @@ def table_of(
     records = []
     for group in groups:
         others = torch_peers(logits, labels) if "asymmetric_loss" in group else {}
+        others |= donated(logits, labels) if "unweighted" in group else {}
         calls = {name: call for name, (call, _) in others.items()}
         times, temporary = measure(group, calls, logits, labels, seconds, transform)
         bases = {name: base for name, (_, _, base) in group.items()}

@@ -50,6 +50,7 @@ CALLS = (
 # The cases of benchmarks/options.py, in the words of the page.
 OPTIONS = {
     "unweighted": "without options",
+    "into a donated buffer": "without options, the gradient in a donated buffer",
     "pos_weight (C,)": "`pos_weight` (C,)",
     "row mask": "`where` (B,)",
     "pos_weight (C,), row mask": "`pos_weight` (C,), `where` (B,)",
