@@ -33,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jax_bce
+from jax_bce import _kernels
 
 CHUNK = 2**20
 MAGNITUDES = 2**31  # with the sign bit clear: infinity and the NaNs are among them
@@ -231,6 +232,8 @@ def main() -> int:
     parser.add_argument("--loss", choices=("loss", *FOCAL, "hessian"), default="loss")
     parser.add_argument("--json", type=Path, help="a file for the table, as a list of rows")
     arguments = parser.parse_args()
+    if arguments.implementation in (None, "cpu") and (reason := _kernels.missing("cpu")):
+        parser.error(f"there is no CPU kernel: {reason}")
     tolerance = oracle.TOLERANCE[arguments.implementation or "cpu"]
     console = Console(stderr=True)
     labels = {"hard": "0, 1", "soft": ", ".join(map(str, SOFT_LABELS))}

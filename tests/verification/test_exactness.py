@@ -119,7 +119,7 @@ def test_sums_of_2_to_the_31_elements(
 
 @pytest.mark.any_jax
 @pytest.mark.thorough
-@pytest.mark.parametrize("loss", ["loss", "focal", "asymmetric"])
+@pytest.mark.parametrize("loss", ["loss", "focal", "asymmetric", "hessian"])
 @pytest.mark.parametrize("instruction_set", ["x86-64-v3", "x86-64-v4", "aarch64"])
 def test_every_logit(
     cpu: str, tmp_path: Path, instruction_set: str, loss: str, full: bool, record: Callable
