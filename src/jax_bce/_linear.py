@@ -113,9 +113,9 @@ def linear_loss(
       Rows, labels or both may be sharded, over different mesh axes, by jit or in a shard_map; the
       width may not on explicit axes. Neither features nor weight is gathered, if the number of
       labels (or of rows, if rows > labels) is a multiple of the devices that share them. On
-      explicit axes, which `jax.make_mesh` makes, and in a shard_map, each gradient takes one
-      all-reduce over the axes that its argument is not sharded over. On automatic axes, where the
-      shardings are not known when the loop is written:
+      explicit axes (the default of `jax.make_mesh`, except in JAX 0.8) and in a shard_map, each
+      gradient takes one all-reduce over the axes that its argument is not sharded over. On
+      automatic axes, where the shardings are not known when the loop is written:
 
       - The weight's gradient (if rows > labels: the features') is reduced block by block, in as
         many bytes.

@@ -1,8 +1,9 @@
 """Losses related to the cross-entropy.
 
 Focal and asymmetric losses are calls of the same primitive as `loss`, with a gamma; first and
-second derivatives are a kind of its own. The loss of probabilities is a formula of `_reference.py`,
-compiled by XLA. Weights, masks, reductions, denominators and types use the code of `loss`.
+second derivatives are a kind of their own. The loss of probabilities is a formula of
+`_reference.py`, compiled by XLA. Weights, masks, reductions, denominators and types use the code of
+`loss`.
 """
 
 from __future__ import annotations  # help() shows names, not the Union behind them
