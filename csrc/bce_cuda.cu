@@ -2,11 +2,14 @@
 //
 // Elements are consecutive in the results, and so they are evaluated (bce_cuda_loop.cuh): by groups
 // of 1024, each by a warp; or, if short rows are to be added up, by tiles of whole rows, each by a
-// thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel.
+// thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel, unless
+// one thread block has evaluated them all.
 //
 // There is a kernel for each usual pair of dtypes, one for any other labels of each width of
-// logits, and, in each arithmetic, one for modifiers and one for focal losses. Everything else is
-// the same for all threads and is decided at run time.
+// logits, and, in each arithmetic, one for modifiers and focal losses. Everything else is the same
+// for all threads and is decided at run time.
+#include <utility>
+
 #include "bce_cuda.h"
 #include "bce_cuda_rows.cuh"
 
@@ -14,15 +17,15 @@ namespace jax_bce {
 namespace {
 
 // Thread blocks per multiprocessor: as many as still keep all variables in registers.
-template <class Logit, Kind kKind>
-constexpr int kBlocksAtOnce = sizeof(Logit) == 8      ? 2
-                              : kKind != Kind::kPlain ? 3
-                                                      : 4;
+template <class Logit, bool kModified>
+constexpr int kBlocksAtOnce = sizeof(Logit) == 8 ? 2
+                              : kModified        ? 3
+                                                 : 4;
 
-template <class Logit, class Label, Kind kKind>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kKind>)
+template <class Logit, class Label, bool kModified>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
     evaluate(const __grid_constant__ Plan plan) {
-  using Elements = Loop<Logit, Label, kKind>;
+  using Elements = Loop<Logit, Label, kModified>;
   using Scalar = typename Elements::Scalar;
   Elements elements(plan);
   const int warp = threadIdx.x / kWarp;
@@ -64,6 +67,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kKind>)
       if (threadIdx.x % kWarp == 0) plan.sums[i] = total;
     }
   }
+  if (!plan.one_block) return;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double sum = 0;
+  for (int i = 0; i < plan.count; ++i) sum += plan.sums[i];
+  finish_row(plan, 0, plan.factor_at<Scalar>(0), sum);
 }
 
 cudaError_t launch(void (*kernel)(Plan), int64_t blocks, int threads, int shared_bytes,
@@ -95,15 +104,15 @@ int64_t grid(int64_t blocks, int blocks_at_once) {
   return blocks < most ? blocks : most;
 }
 
-template <class Logit, class Label, Kind kKind = Kind::kPlain>
+template <class Logit, class Label, bool kModified = false>
 cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   using Scalar = ScalarOf<Logit>;
   const bool tiles = plan.tile_rows > 0;
   const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
   const cudaError_t error =
-      launch(evaluate<Logit, Label, kKind>, grid(blocks, kBlocksAtOnce<Logit, kKind>), kThreads,
-             tiles ? kTileBytes<Scalar> : 0, stream, plan);
-  if (error != cudaSuccess || !plan.reduce || tiles) return error;
+      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
+             kThreads, tiles ? kTileBytes<Scalar> : 0, stream, plan);
+  if (error != cudaSuccess || !plan.reduce || tiles || plan.one_block) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
                                                                               : 1;
@@ -113,7 +122,7 @@ cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
 
 template <class Logit>
 cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
-  const Type labels = plan.labels.type;
+  const Type labels = plan.labels().type;
   if (width_of(labels) == 1) return launch_for<Logit, uint8_t>(plan, stream);
   if constexpr (!std::is_same_v<Logit, __half>)
     if (labels == kTypeOf<Logit>) return launch_for<Logit, Logit>(plan, stream);
@@ -172,6 +181,7 @@ Factors factors_of(const Problem& problem, const Operand& operand) {
 
 Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   Plan plan = {};
+  Input* const modifiers = plan.inputs + Plan::kFirstModifier;
   const int64_t rows = problem.rows(), columns = problem.columns();
   const bool in_tiles = problem.reduce && columns <= kGroup;
   const bool in_rows = problem.reduce && !in_tiles;
@@ -180,19 +190,23 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   for (int name = 0; name < kModifiersOfLosses; ++name) {
     const Modifier& modifier = problem.modifiers[name];
     if (modifier.data && columns > 0)
-      plan.modifiers[name] = input_of(modifier.data, modifier.type, modifier.rank, modifier.shape,
-                                      modifier.strides, &plan);
+      modifiers[name] = input_of(modifier.data, modifier.type, modifier.rank, modifier.shape,
+                                 modifier.strides, &plan);
   }
   const auto input = [&](const Operand& operand) {
     return input_of(operand.data, operand.type, problem.rank, shape, operand.strides, &plan);
   };
-  plan.logits = input(problem.logits), plan.labels = input(problem.labels);
+  plan.inputs[Plan::kLogits] = input(problem.logits);
+  plan.inputs[Plan::kLabels] = input(problem.labels);
   plan.scale = input(problem.scale);
   // Without elements it may be empty, and must not be read.
-  plan.smoothing = input(columns > 0 ? problem.smoothing : problem.scale);
+  plan.inputs[Plan::kSmoothing] = input(columns > 0 ? problem.smoothing : problem.scale);
   plan.divisor = input(problem.divisor), plan.divisor_low = problem.divisor_low.data;
+  plan.width_of_logits = width_of(problem.logits.type);
+  plan.width_of_labels = width_of(problem.labels.type);
   plan.loss = problem.loss, plan.gradient = problem.gradient;
   plan.reduce = problem.reduce, plan.total = problem.total;
+  plan.focal = problem.is_focal() && !problem.total;
   plan.constant_power = problem.constant_power;
   plan.losses = in_tiles ? Losses::kTile : in_rows ? Losses::kSum : Losses::kStore;
   plan.inverse_count = problem.inverse_count;
@@ -215,32 +229,36 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   } else {
     plan.groups_in_row = (plan.columns + kGroup - 1) / kGroup;
     plan.count = static_cast<int>(plan.rows * plan.groups_in_row);
+    plan.one_block = in_rows && plan.rows == 1 && plan.count <= kWarps;
   }
-  plan.dense = plan.logits.form == Form::kEach &&
-               (plan.labels.form == Form::kEach || plan.labels.form == Form::kOne);
+  plan.dense = plan.logits().form == Form::kEach &&
+               (plan.labels().form == Form::kEach || plan.labels().form == Form::kOne);
   const auto aligned = [](const void* data, Type type) {
     return !data || is_aligned(data, kQuad * width_of(type));
   };
   // Groups begin with rows.
-  plan.aligned = (in_tiles        ? plan.tile_rows * columns
-                  : plan.rows > 1 ? columns
-                                  : 0) %
-                         kQuad ==
-                     0 &&
-                 aligned(plan.logits.data, plan.logits.type) &&
-                 (plan.labels.form == Form::kOne || aligned(plan.labels.data, plan.labels.type)) &&
-                 aligned(plan.gradient.data, plan.gradient.type) &&
-                 (plan.reduce || aligned(plan.loss.data, plan.loss.type));
+  plan.aligned =
+      (in_tiles        ? plan.tile_rows * columns
+       : plan.rows > 1 ? columns
+                       : 0) %
+              kQuad ==
+          0 &&
+      aligned(plan.logits().data, plan.logits().type) &&
+      (plan.labels().form == Form::kOne || aligned(plan.labels().data, plan.labels().type)) &&
+      aligned(plan.gradient.data, plan.gradient.type) &&
+      (plan.reduce || aligned(plan.loss.data, plan.loss.type));
   const auto fits = [&](const Result& result) {
     return !result.data || result.type == problem.logits.type;
   };
   plan.direct = plan.aligned && fits(plan.gradient) && (plan.reduce || fits(plan.loss));
-  plan.common_modifiers = plan.direct && !plan.total && factors != Factors::kAny &&
-                          plan.smoothing.form == Form::kOne &&
+  plan.common_modifiers = plan.direct && !plan.total && !plan.focal && factors != Factors::kAny &&
+                          plan.smoothing().form == Form::kOne && width_of(plan.labels().type) < 8 &&
                           (plan.inner == 0 || rows * columns / plan.inner < int64_t{1} << 31);
   plan.whole_quads = plan.inner % kQuad == 0;
+  // A single factor is the weight.
+  if (!plan.modifier(kWeight).data) std::swap(modifiers[kWeight], modifiers[kSampleWeight]);
   for (int name = 0; name < kModifiersOfAll; ++name) {
-    const Input& input = plan.modifiers[name];
+    const Input& input = plan.modifier(name);
     if (!input.data) continue;
     plan.uses |= 1u << name;
     const bool usual = name == kIgnoreLabel ? input.form == Form::kOne && width_of(input.type) < 8
@@ -250,22 +268,23 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
     if (input.form == Form::kEach || input.form == Form::kByColumn)
       plan.whole_quads = plan.whole_quads && aligned(input.data, input.type);
   }
-  *modified = problem.modified || problem.total || factors == Factors::kAny ||
-              plan.smoothing.form != Form::kOne || !plan.dense;
+  const bool usual = plan.uses == kOneWeight || plan.uses == 1u << kPosWeight ||
+                     (plan.uses == kWeights && plan.modifier(kSampleWeight).form == Form::kByRow);
+  if (usual && plan.logits().type == Type::kF32 && plan.whole_quads && plan.reduce &&
+      plan.gradient.data)
+    plan.usual_modifiers = plan.uses;
+  *modified = problem.modified || problem.is_focal() || problem.total || factors == Factors::kAny ||
+              plan.smoothing().form != Form::kOne || !plan.dense;
   return plan;
-}
-
-template <Kind kKind>
-cudaError_t launch_any(const Plan& plan, CUstream_st* stream) {
-  return plan.logits.type == Type::kF64 ? launch_for<double, Any, kKind>(plan, stream)
-                                        : launch_for<Any, Any, kKind>(plan, stream);
 }
 
 cudaError_t launch_for(const Problem& problem, double* sums, CUstream_st* stream) {
   bool modified;
   const Plan plan = plan_for(problem, sums, &modified);
-  if (problem.is_focal() && !problem.total) return launch_any<Kind::kFocal>(plan, stream);
-  if (modified) return launch_any<Kind::kModified>(plan, stream);
+  if (modified) {
+    return problem.logits.type == Type::kF64 ? launch_for<double, Any, true>(plan, stream)
+                                             : launch_for<Any, Any, true>(plan, stream);
+  }
   switch (problem.logits.type) {
     case Type::kF16:
       return launch_for<__half>(plan, stream);

@@ -7,11 +7,11 @@
 //   - hard labels, 0 and 1, without smoothing: with and without a gradient, and for results and
 //     operands of any type and alignment;
 //   - soft labels, or hard ones that are smoothed;
-//   - hard labels with a weight, or with any modifiers of the usual types and forms.
+//   - both, with modifiers of the usual types and forms.
 // A focal loss has no such loop.
 //
-// Where another turn comes, the loop ends, the turn is evaluated on its own, which takes up to
-// three times as long, and the loop begins again behind it.
+// Where another turn comes, the loop ends, the turn is evaluated an element at a time, which takes
+// several times as long, and the loop begins again behind it.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
@@ -55,17 +55,21 @@ enum class Losses { kSum, kTile, kStore };
 
 // A Problem as the kernels need it.
 struct Plan {
-  Input logits, labels, scale, smoothing, divisor, modifiers[kModifiersOfLosses];
+  enum { kLogits, kLabels, kSmoothing, kFirstModifier };
+  Input inputs[kFirstModifier + kModifiersOfLosses];
+  Input scale, divisor;
   const void* divisor_low;  // where the divisor is
+  int width_of_logits, width_of_labels;
   Result loss, gradient;
-  bool reduce, total, constant_power;
+  bool reduce, total, focal, constant_power;
   Losses losses;
   Factors factors;
   double inverse_count;
   int64_t rows, columns, groups_in_row;
-  int tile_rows;  // 0: groups
-  int count;      // of groups, or of tiles
-  double* sums;   // of groups
+  int tile_rows;   // 0: groups
+  int count;       // of groups, or of tiles
+  double* sums;    // of groups
+  bool one_block;  // evaluates all groups, of one row
   // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
   uint32_t inner, magic, shift;
   // Whether logits and labels are in memory as in the results, or there is one label; whether also
@@ -76,15 +80,27 @@ struct Plan {
   // whether four elements of a quad have theirs next to each other, or one.
   bool common_modifiers, whole_quads;
   uint32_t uses;  // a bit for each modifier there is
+  // The same if logits are float32, there is a gradient, losses are to be added up, quads are
+  // whole, and there is code for exactly these modifiers; else 0. Of several weights, sample_weight
+  // is by row.
+  uint32_t usual_modifiers;
+
+  BCE_INLINE const Input& logits() const { return inputs[kLogits]; }
+  BCE_INLINE const Input& labels() const { return inputs[kLabels]; }
+  BCE_INLINE const Input& smoothing() const { return inputs[kSmoothing]; }
+  BCE_INLINE const Input& modifier(int name) const { return inputs[kFirstModifier + name]; }
 
   template <class Scalar>
   __device__ Factor<Scalar> factor_at(int64_t element) const {
-    const auto number = [&](const void* data, const Input& input, double absent) {
-      const auto* numbers = static_cast<const Scalar*>(data);
-      return numbers ? static_cast<double>(numbers[input.at(element)]) : absent;
-    };
-    return {number(scale.data, scale, 1) * inverse_count,
-            number(divisor.data, divisor, 1) + number(divisor_low, divisor, 0)};
+    double numbers[3] = {};
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {
+      const Input& input = i == 0 ? scale : divisor;
+      const auto* data = static_cast<const Scalar*>(i < 2 ? input.data : divisor_low);
+      numbers[0] = numbers[1], numbers[1] = numbers[2];
+      numbers[2] = data ? static_cast<double>(data[input.at(element)]) : i < 2 ? 1 : 0;
+    }
+    return {numbers[0] * inverse_count, numbers[1] + numbers[2]};
   }
 };
 static_assert(sizeof(Plan) <= 4096);  // as many bytes of parameters as any GPU takes
@@ -97,18 +113,34 @@ __device__ Pair<Scalar>* tile() {
 }
 __device__ int spread(int place) { return place + place / 32 * 2; }
 
-// What a kernel evaluates. A focal loss may have modifiers, too.
-enum class Kind { kPlain, kModified, kFocal };
+// The modifiers that a loop of common turns is for: exactly these, or any of them. Nothing has to
+// be decided in a loop that knows them.
+constexpr uint32_t kOneWeight = 1u << kWeight;
+constexpr uint32_t kWeights = kOneWeight | 1u << kSampleWeight | 1u << kPosWeight;
+constexpr uint32_t kMasks = 1u << kWhere | 1u << kIgnoreLabel;
 
-template <class Logit, class Label, Kind kKind>
+template <uint32_t kModifiersUsed>
+struct Exactly {
+  static constexpr bool kExact = true;
+  static constexpr uint32_t kNames = kModifiersUsed;
+  // Whether weights are products, which are pairs.
+  static constexpr bool kPairs = (kNames & kWeights & (kNames - 1)) != 0;
+};
+struct AnyModifiers {
+  static constexpr bool kExact = false, kPairs = true;
+  static constexpr uint32_t kNames = kWeights | kMasks;
+};
+
+// kModified: elements may have modifiers, or the loss is focal.
+template <class Logit, class Label, bool kModified>
 class Loop {
  public:
   using Scalar = ScalarOf<Logit>;
 
   __device__ explicit Loop(const Plan& plan)
       : plan_(plan),
-        smoothing_(plan.smoothing.form == Form::kOne
-                       ? *static_cast<const Scalar*>(plan.smoothing.data)
+        smoothing_(plan.smoothing().form == Form::kOne
+                       ? *static_cast<const Scalar*>(plan.smoothing().data)
                        : Scalar(0)),
         smoothed_{coefficient_of<L>(Scalar(-1), Scalar(0), smoothing_),
                   coefficient_of<L>(Scalar(1), Scalar(0), smoothing_)},
@@ -124,7 +156,7 @@ class Loop {
 
   // Evaluates the warp's elements from `begin` on. Of a reduced problem, returns the thread's sum,
   // or puts the losses into the tile from `place` on.
-  __device__ double evaluate(int64_t begin, int size, int place) {
+  __device__ __forceinline__ double evaluate(int64_t begin, int size, int place) {
     // Eight threads take 256 elements, an octet. Only the last one may have fewer.
     const int octet = threadIdx.x % kWarp / 8, within = threadIdx.x % 8 * kQuad;
     const int octets = (size + 255) / 256, last = size - (octets - 1) * 256;
@@ -146,13 +178,15 @@ class Loop {
     }
     if (!there_) return 0;
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) high_[c] += low_[c];
+    for (int c = 0; c < kQuad; ++c) {
+      // Where a weighted loss is infinite, its low part is NaN.
+      if (!kModified || ::fabs(high_[c]) < Format<double>::kInfinity) high_[c] += low_[c];
+    }
     return (high_[0] + high_[2]) + (high_[1] + high_[3]);
   }
 
  private:
   using L = Lane<Scalar>;
-  static constexpr bool kModified = kKind != Kind::kPlain, kFocal = kKind == Kind::kFocal;
   static constexpr bool kAny = std::is_same_v<Label, Any>, kAnyLogit = std::is_same_v<Logit, Any>;
   // Whether some of what is the same in each turn is decided by branches, in fewer loops: the more
   // types a loop has, the longer it takes to compile.
@@ -164,26 +198,32 @@ class Loop {
                                 : kNarrow && std::is_same_v<Label, uint8_t> ? 4
                                                                             : 2;
   static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
-  // Labels of bytes have kernels of their own.
-  static constexpr int kWidths = kModified || sizeof(Logit) == 8 ? 15 : 14;
-  // Logits of any type are converted where they are loaded, others where they are used: a warp that
-  // converts has to wait for them, but one with modifiers has others beside it with much to do.
-  using Logits = Quad<std::conditional_t<kAnyLogit, float, Logit>>;
+  // Of labels in common turns. Those of bytes have kernels of their own where there are no
+  // modifiers.
+  static constexpr int kWidths = sizeof(Logit) == 8 ? 15 : kModified ? 7 : 14;
+  using Logits = typename std::conditional_t<kAnyLogit, std::common_type<AnyQuad<Scalar, 6, true>>,
+                                             std::common_type<Quad<Logit>>>::type;
   using Labels = typename std::conditional_t<kAny, std::common_type<AnyQuad<Scalar, kWidths>>,
                                              std::common_type<Quad<Label>>>::type;
+
+  using Modifiers = std::conditional_t<kModified, AnyModifiers, Exactly<0>>;
 
   // Of the logits.
   __device__ Type type() const {
     if constexpr (kAnyLogit || std::is_same_v<Logit, uint16_t>)
-      return plan_.logits.type;
+      return plan_.logits().type;
     else
       return kTypeOf<Logit>;
   }
+  __device__ Type type_of_labels() const {
+    if constexpr (kAny || std::is_same_v<Label, uint8_t>)
+      return plan_.labels().type;
+    else
+      return kTypeOf<Label>;
+  }
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
-  __device__ bool given(ModifierName name) const {
-    return !(kFocal && name == kPosWeight) && plan_.modifiers[name].data;
-  }
+  __device__ bool given(ModifierName name) const { return plan_.modifier(name).data; }
   // Whether a turn has all of its elements.
   __device__ bool is_full() const { return left_ >= kLast; }
   __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
@@ -208,11 +248,10 @@ class Loop {
   }
 
   __device__ void clear() {
-    const Scalar zeros[kQuad] = {};
 #pragma unroll 1
-    for (; left_ > 0; advance(32)) {
-      if (with_loss() && !plan_.reduce) store(plan_.loss, element_, left_, zeros);
-      if (with_gradient()) store(plan_.gradient, element_, left_, zeros);
+    for (int at = 0; at < left_; at += at % kQuad == kQuad - 1 ? 32 - kQuad + 1 : 1) {
+      if (with_loss() && !plan_.reduce) store(plan_.loss, element_ + at, Scalar(0));
+      if (with_gradient()) store(plan_.gradient, element_ + at, Scalar(0));
     }
   }
 
@@ -227,19 +266,27 @@ class Loop {
       }
     }
     if (kModified && given(kIgnoreLabel) && plan_.common_modifiers) {
-      const Input& input = plan_.modifiers[kIgnoreLabel];
+      const Input& input = plan_.modifier(kIgnoreLabel);
+      nothing_ignored_ = 0;
       ignored_ = width_of(input.type) == 4   ? *static_cast<const uint32_t*>(input.data)
                  : width_of(input.type) == 1 ? *static_cast<const uint8_t*>(input.data)
                                              : 0;
       ignored_number_ = number_at<Scalar>(input.data, input.type, 0);
     }
-    if (plan_.labels.form == Form::kOne) {
+    if (plan_.labels().form == Form::kOne) {
       BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        labels_[q] = {};
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) set_label(q, c, 0);
-      }
+      for (int q = 0; q < kQuads; ++q) labels_[q] = one_label();
+    }
+  }
+
+  __device__ Labels one_label() const {
+    if constexpr (kAny) {
+      return Labels::filled(plan_.labels().type, plan_.labels().data);
+    } else {
+      Labels quad;
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) quad.set(c, *static_cast<const Label*>(plan_.labels().data));
+      return quad;
     }
   }
 
@@ -251,87 +298,86 @@ class Loop {
       return in_register(static_cast<const Stored*>(data) + element);
   }
   __device__ void point() {
-    logits_from_ = place<Logit>(plan_.logits.data, type(), element_);
-    labels_from_ = place<Label>(plan_.labels.data, plan_.labels.type, element_);
+    logits_from_ = place<Logit>(plan_.logits().data, type(), element_);
+    labels_from_ = place<Label>(plan_.labels().data, plan_.labels().type, element_);
     gradient_to_ =
         const_cast<decltype(gradient_to_)>(place<Logit>(plan_.gradient.data, type(), element_));
   }
 
   // Loads a turn, in the distance `at` from the thread's element.
-  __device__ void fetch(int at, bool aligned) {
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      if constexpr (kAnyLogit) {
-        if (type() == Type::kF32) {
-          const auto* from = reinterpret_cast<const float*>(logits_from_);
-          logits_[q] = Logits::load(from + at + 32 * q, aligned);
-        } else {
-          const auto* from = reinterpret_cast<const uint16_t*>(logits_from_);
-          float values[kQuad];
-          read_pairs(Quad<uint16_t>::load(from + at + 32 * q, aligned), values);
-          logits_[q] = Logits::rounded(values);
-        }
-      } else {
+  __device__ void fetch(uint32_t at, bool aligned) {
+    if constexpr (kAnyLogit) {
+      Logits::load(logits_, type(), plan_.width_of_logits,
+                   logits_from_ + at * plan_.width_of_logits, aligned);
+    } else {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q)
         logits_[q] = Logits::load(logits_from_ + at + 32 * q, aligned);
-      }
     }
-    if (plan_.labels.form != Form::kEach) return;
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      if constexpr (kAny)
-        labels_[q].load(plan_.labels.type, labels_from_, at + 32 * q, aligned);
-      else
+    if (kModified && uses<Modifiers>(kWhere)) {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) load_quad(plan_.modifier(kWhere), at + 32 * q, &where_[q]);
+    }
+    if (plan_.labels().form != Form::kEach) return;
+    if constexpr (kAny) {
+      const int width = plan_.width_of_labels;
+      Labels::load(labels_, plan_.labels().type, width, labels_from_ + at * width, aligned);
+    } else {
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q)
         labels_[q] = Labels::load(labels_from_ + at + 32 * q, aligned);
     }
   }
-  __device__ void set_logit(int q, int c, int64_t at) {
-    if constexpr (kAnyLogit)
-      logits_[q].set(c, number_at<Scalar>(plan_.logits.data, type(), at));
-    else
-      logits_[q].set(c, static_cast<const Logit*>(plan_.logits.data)[at]);
-  }
-  __device__ void set_label(int q, int c, int64_t at) {
-    if constexpr (kAny)
-      labels_[q].set(c, plan_.labels.type, plan_.labels.data, at);
-    else
-      labels_[q].set(c, static_cast<const Label*>(plan_.labels.data)[at]);
-  }
-
-  // Loads the elements of a turn that is not full. Where there are none, logit and label have a
-  // loss of exactly 0.
-  __device__ void gather() {
-    constexpr Scalar kInfinity = Format<Scalar>::kInfinity;
-    const Scalar absent[kQuad] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      logits_[q] = rounded(absent), labels_[q] = {};
+  // Visits the logits of a turn: visit(quad, place in it, logit).
+  template <class Visit>
+  __device__ void each_logit(const Visit& visit) const {
+    if constexpr (kAnyLogit) {
+      Logits::each(logits_, type(), plan_.width_of_logits,
+                   [&](int q, int c, Scalar x, auto) { visit(q, c, x); });
+    } else {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const int64_t element = element_ + 32 * q + c;
-        if (32 * q + c >= left_) continue;
-        set_logit(q, c, element);
-        set_label(q, c, plan_.labels.form == Form::kOne ? 0 : element);
+      for (int q = 0; q < kQuads; ++q) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          if constexpr (sizeof(Logit) == 2)
+            visit(q, c, of_pair(c < 2 ? logits_[q].vectors[0].x : logits_[q].vectors[0].y, c % 2));
+          else
+            visit(q, c, convert(logits_[q].get(c)));
+        }
       }
     }
   }
-  __device__ void read_logits(const Logits& logits, Scalar* x) const {
-    if constexpr (sizeof(Logit) == 2) {
-      read_pairs(logits, x);
-    } else {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) x[c] = convert(logits.get(c));
-    }
-  }
-  __device__ void read_labels(const Labels& labels, Scalar* y) const {
+  // Visits the labels of a turn: visit(quad, place in it, label). Elements are masked by `where`
+  // and by their labels, too; `kept` says which are not, and the label of others is 0.
+  template <class Visit>
+  __device__ void each_label(uint32_t* kept, const Visit& visit) const {
     if constexpr (kAny) {
-      labels.get(plan_.labels.type, y);
+      const Type type = plan_.labels().type;
+      if (!uses_some<Modifiers>(kMasks)) {
+        Labels::each(labels_, type, plan_.width_of_labels,
+                     [&](int q, int c, Scalar y, auto) { visit(q, c, y); });
+        return;
+      }
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) kept[q] = kept_by_where(q);
+      Labels::each(
+          labels_, type, plan_.width_of_labels, [&](int q, int c, Scalar y, auto is_int32) {
+            const bool same = decltype(is_int32)::value
+                                  ? ((labels_[q].word(c) ^ ignored_) | nothing_ignored_) == 0
+                                  : y == ignored_number_;
+            if (same) kept[q] &= ~(0x80u << 8 * c);
+            visit(q, c, is_kept(kept[q], c) ? y : 0);
+          });
     } else {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        if constexpr (std::is_same_v<Label, uint8_t>)
-          y[c] = label_of<Scalar>(plan_.labels.type, labels.get(c));
-        else
-          y[c] = convert(labels.get(c));
+      for (int q = 0; q < kQuads; ++q) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          if constexpr (std::is_same_v<Label, uint8_t>)
+            visit(q, c, label_of<Scalar>(plan_.labels().type, labels_[q].get(c)));
+          else
+            visit(q, c, convert(labels_[q].get(c)));
+        }
       }
     }
   }
@@ -340,12 +386,6 @@ class Loop {
   __device__ Scalar of_pair(uint32_t pair, bool second) const {
     return type() == Type::kF16 ? convert_pair(__half(), pair, second)
                                 : convert_pair(__nv_bfloat16(), pair, second);
-  }
-  template <class Stored>
-  __device__ void read_pairs(const Quad<Stored>& pairs, Scalar* x) const {
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c)
-      x[c] = of_pair(c < 2 ? pairs.vectors[0].x : pairs.vectors[0].y, c % 2);
   }
   __device__ uint32_t to_pair(Scalar first, Scalar second) const {
     uint32_t bits;
@@ -373,28 +413,26 @@ class Loop {
 
   // A turn as the loops of common turns take it: logits, turned to a label of 0, and what labels of
   // 1 turn: factors of 1 and -1, or the sign bits of pairs of 16-bit numbers. Or, if labels are
-  // soft, logits and labels as they are.
+  // soft, logits and labels as they are. Masked elements have a logit and a label of 0.
   template <bool kSoft>
   struct Turn {
     Scalar x[kQuads][kQuad];
     std::conditional_t<kNarrow && !kSoft, uint32_t[kQuads][2], Scalar[kQuads][kQuad]> labels;
     typename L::Bits soft = 0;  // 0 if all labels are 0 or 1
-    uint32_t ignored = 0;       // a bit for each
+    uint32_t kept[kQuads];      // the first bit of a byte for each element, 0 if it is masked
     bool common = true;
   };
 
   // Evaluates common turns, of up to `size` elements of each thread. Returns where there is another
   // kind of turn.
-  __device__ int common_turns(int size, int octet) {
-    if constexpr (kFocal || (kModified && sizeof(Logit) == 8)) return 0;
-    if (!usual_ || !plan_.dense) return 0;
-    if (kModified && (!plan_.common_modifiers || smoothing_ != 0)) return 0;
+  __device__ __forceinline__ int common_turns(int size, int octet) {
+    if constexpr (kModified && sizeof(Logit) == 8) return 0;
+    if (!usual_ || !plan_.dense || (kModified && !plan_.common_modifiers)) return 0;
     // A thread without elements evaluates those of the first octet once more, and keeps nothing.
     if (!there_) element_ -= octet * 256;
     int at = 0;
     if constexpr (kModified) {
-      at = plan_.uses == 1u << kWeight ? turns<false, true, true, true>(size)
-                                       : turns<false, true>(size);
+      at = soft_ ? turns<true, true>(size) : turns<false, true>(size);
     } else if constexpr (kFewLoops) {
       at = soft_ ? turns<true, false>(size) : turns<false, false>(size);
     } else if (soft_ && !plan_.direct) {
@@ -412,8 +450,8 @@ class Loop {
   }
 
   // kDirect: the results have the logits' type, and all quads are aligned.
-  template <bool kSoft, bool kDirect, bool kGradient = true, bool kWeightOnly = false>
-  __device__ int turns(int size) {
+  template <bool kSoft, bool kDirect, bool kGradient = true>
+  __device__ __forceinline__ int turns(int size) {
     point();
     fetch(0, kDirect || plan_.aligned);
     int at = 0;
@@ -423,7 +461,7 @@ class Loop {
       if constexpr (kSoft)
         read(&turn);
       else
-        read_turned<kModified && !kWeightOnly>(&turn);
+        read_turned(&turn);
       const bool is_hard = turn.soft == 0;
       if (any_of_warp(!turn.common || !(is_hard || (kSoft && (kNarrow || smoothing_ == 0))))) {
         if (!kSoft) soft_ = any_of_warp(!is_hard);
@@ -433,17 +471,18 @@ class Loop {
       // own quads again.
       fetch(at + kStep < size ? at + kStep : at, kDirect || plan_.aligned);
       Scalar sums[kQuad] = {};
-      BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        if constexpr (kSoft)
-          evaluate_soft<kDirect>(at + 32 * q, turn.x[q], turn.labels[q]);
-        else if constexpr (kModified)
-          evaluate_weighted<kWeightOnly>(at + 32 * q, turn.x[q], turn.labels[q],
-                                         turn.ignored >> 4 * q);
-        else if constexpr (kNarrow)
-          evaluate_narrow<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q], sums);
-        else
-          evaluate_turned<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q]);
+      if constexpr (kModified) {
+        evaluate_modified(at, turn);
+      } else {
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q) {
+          if constexpr (kSoft)
+            evaluate_soft<kDirect>(at + 32 * q, turn.x[q], turn.labels[q]);
+          else if constexpr (kNarrow)
+            evaluate_narrow<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q], sums);
+          else
+            evaluate_turned<kDirect, kGradient>(at + 32 * q, turn.x[q], turn.labels[q]);
+        }
       }
       // Common losses cannot overflow, and these few additions lose less than the contract allows.
       if constexpr (kNarrow && !kSoft) high_[0] += (sums[0] + sums[2]) + (sums[1] + sums[3]);
@@ -457,10 +496,11 @@ class Loop {
   }
 
   __device__ void read(Turn<true>* turn) const {
+    each_label(turn->kept, [&](int q, int c, Scalar y) { turn->labels[q][c] = y; });
+    each_logit([&](int q, int c, Scalar x) { turn->x[q][c] = x; });
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
-      read_logits(logits_[q], turn->x[q]);
-      read_labels(labels_[q], turn->labels[q]);
+      mask<Modifiers>(turn->x[q], turn->kept[q]);
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         const Scalar x = turn->x[q][c], y = turn->labels[q][c];
@@ -471,86 +511,89 @@ class Loop {
     }
   }
 
-  // kIgnores: an ignored label counts as 0.
-  template <bool kIgnores = false>
   __device__ void read_turned(Turn<false>* turn) const {
-    BCE_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      const Logits& logits = logits_[q];
-      auto* labels = turn->labels[q];
-      if constexpr (kNarrow) {
-        if constexpr (std::is_same_v<Label, uint8_t>) {
-          const uint32_t word = labels_[q].vectors[0];
-          labels[0] = __byte_perm(word << 7, 0, 0x1404);
-          labels[1] = __byte_perm(word << 7, 0, 0x3424);
-          turn->soft |= word & 0xfefefefe;
-        } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
-          const uint2 words = labels_[q].vectors[0];
-          const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
-            const uint32_t signs = ones << 8 & 0x80008000;
-            turn->soft |= ones ^ (signs >> 8) * 0x7f;
-            return signs;
-          };
-          labels[0] = sign(words.x), labels[1] = sign(words.y);
-        } else {
-          labels[0] = labels[1] = 0;
-          Scalar y[kQuad];
-          read_labels(labels_[q], y);
-          BCE_UNROLL
-          for (int c = 0; c < kQuad; ++c) {
-            turn->soft |= L::to_bits(L::fma(y[c], y[c], -y[c]));
-            if (y[c] == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
-          }
-        }
-        const uint32_t pairs[] = {in_register(logits.vectors[0].x ^ labels[0]),
-                                  in_register(logits.vectors[0].y ^ labels[1])};
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = of_pair(pairs[c / 2], c % 2);
-      } else {
-        if constexpr (std::is_same_v<Label, uint8_t>)
-          turn_by_bytes<kIgnores>(labels_[q].vectors[0], q, turn);
-        else if (kAny && kWidths & 1 && width_of(plan_.labels.type) == 1)
-          turn_by_bytes<kIgnores>(word_of(labels_[q]), q, turn);
-        else
-          turn_by_numbers<kIgnores>(q, turn);
-        Scalar x[kQuad];
-        read_logits(logits, x);
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) turn->x[q][c] = in_register(x[c] * labels[c]);
-      }
-      if constexpr (!kNarrow) {
+    if constexpr (kNarrow) {
+      read_signs(turn);
+    } else {
+      read_turns(turn);
+      each_logit(
+          [&](int q, int c, Scalar x) { turn->x[q][c] = in_register(x * turn->labels[q][c]); });
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        mask<Modifiers>(turn->x[q], turn->kept[q]);
         BCE_UNROLL
         for (int c = 0; c < kQuad; ++c) turn->common &= is_common(turn->x[q][c]);
       }
     }
-    if constexpr (kNarrow) {
-      uint32_t largest = 0;
-      BCE_UNROLL
-      for (int q = 0; q < kQuads; ++q)
-        largest = with_pair(with_pair(largest, logits_[q].vectors[0].x), logits_[q].vectors[0].y);
-      constexpr Scalar kCommon = Format<Scalar>::kCommon;
-      turn->common = all_within(largest, type() == Type::kF16 ? bits_of<__half>(kCommon)
-                                                              : bits_of<__nv_bfloat16>(kCommon));
-    }
   }
 
-  __device__ static uint32_t word_of(const Labels& labels, int i = 0) {
+  __device__ void read_signs(Turn<false>* turn) const {
+    Scalar y[kQuads][kQuad];
     if constexpr (kAny)
-      return labels.word(i);
-    else
-      return 0;
+      each_label(turn->kept, [&](int q, int c, Scalar label) { y[q][c] = label; });
+    uint32_t largest = 0;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      auto* labels = turn->labels[q];
+      if constexpr (std::is_same_v<Label, uint8_t>) {
+        const uint32_t word = labels_[q].vectors[0];
+        labels[0] = __byte_perm(word << 7, 0, 0x1404);
+        labels[1] = __byte_perm(word << 7, 0, 0x3424);
+        turn->soft |= word & 0xfefefefe;
+      } else if constexpr (std::is_same_v<Label, __nv_bfloat16>) {
+        const uint2 words = labels_[q].vectors[0];
+        const auto sign = [&](uint32_t ones) {  // of two labels, each 0x3f80 or 0
+          const uint32_t signs = ones << 8 & 0x80008000;
+          turn->soft |= ones ^ (signs >> 8) * 0x7f;
+          return signs;
+        };
+        labels[0] = sign(words.x), labels[1] = sign(words.y);
+      } else {
+        labels[0] = labels[1] = 0;
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          turn->soft |= L::to_bits(L::fma(y[q][c], y[q][c], -y[q][c]));
+          if (y[q][c] == 1) labels[c / 2] |= c % 2 ? 0x80000000 : 0x8000;
+        }
+      }
+      const auto& words = logits_[q].vectors[0];
+      const uint32_t pairs[] = {in_register(words.x ^ labels[0]), in_register(words.y ^ labels[1])};
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) turn->x[q][c] = of_pair(pairs[c / 2], c % 2);
+      largest = with_pair(with_pair(largest, words.x), words.y);
+    }
+    constexpr Scalar kCommon = Format<Scalar>::kCommon;
+    turn->common = all_within(
+        largest, type() == Type::kF16 ? bits_of<__half>(kCommon) : bits_of<__nv_bfloat16>(kCommon));
   }
 
-  template <bool kIgnores>
-  __device__ void turn_by_bytes(uint32_t word, int q, Turn<false>* turn) const {
-    if (kIgnores && uses(kIgnoreLabel)) {
+  __device__ void read_turns(Turn<false>* turn) const {
+    if constexpr (std::is_same_v<Label, uint8_t>) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        if ((word >> 8 * c & 0xff) != ignored_) continue;
-        turn->ignored |= 1u << (kQuad * q + c);
-        word &= ~(0xffu << 8 * c);
+      for (int q = 0; q < kQuads; ++q) turn_by_bytes(labels_[q].vectors[0], q, turn);
+      return;
+    } else if constexpr (kAny && kWidths & 1) {
+      if (plan_.width_of_labels == 1) {
+        BCE_UNROLL
+        for (int q = 0; q < kQuads; ++q) {
+          uint32_t word = labels_[q].word(0);
+          if (uses_some<Modifiers>(kMasks)) {
+            turn->kept[q] = kept_by_where(q);
+            if (uses<Modifiers>(kIgnoreLabel))
+              turn->kept[q] &= nonzero_bytes(word ^ ignored_ * 0x1010101);
+            word &= (turn->kept[q] >> 7) * 0xff;
+          }
+          turn_by_bytes(word, q, turn);
+        }
+        return;
       }
     }
+    each_label(turn->kept, [&](int q, int c, Scalar y) {
+      turn->labels[q][c] = in_register(turn_of<L>(y));
+      turn->soft |= L::to_bits(L::fma(y, y, -y));
+    });
+  }
+  __device__ void turn_by_bytes(uint32_t word, int q, Turn<false>* turn) const {
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c)
       turn->labels[q][c] = L::from_bits(L::to_bits(1) | typename L::Bits{word >> 8 * c & 1}
@@ -558,34 +601,43 @@ class Loop {
     turn->soft |= word & 0xfefefefe;
   }
 
-  template <bool kIgnores>
-  __device__ void turn_by_numbers(int q, Turn<false>* turn) const {
-    Scalar labels[kQuad];
-    read_labels(labels_[q], labels);
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      Scalar y = labels[c];
-      if (kIgnores && uses(kIgnoreLabel)) {
-        const bool ignored = plan_.labels.type == Type::kI32 ? word_of(labels_[q], c) == ignored_
-                                                             : y == ignored_number_;
-        turn->ignored |= ignored ? 1u << (kQuad * q + c) : 0;
-        y = ignored ? 0 : y;
-      }
-      turn->labels[q][c] = in_register(turn_of<L>(y));
-      turn->soft |= L::to_bits(L::fma(y, y, -y));
-    }
+  // Whether there is one of those modifiers.
+  template <class Uses>
+  __device__ bool uses_some(uint32_t names) const {
+    if constexpr (Uses::kExact)
+      return Uses::kNames & names;
+    else
+      return plan_.uses & names;
   }
+  template <class Uses>
+  __device__ bool uses(ModifierName name) const {
+    return uses_some<Uses>(1u << name);
+  }
+  __device__ uint32_t kept_by_where(int q) const {
+    return uses<Modifiers>(kWhere) ? nonzero_bytes(where_[q]) : 0x80808080;
+  }
+  __device__ static bool is_kept(uint32_t kept, int c) { return kept & 0x80u << 8 * c; }
 
-  // Adds up the losses of a quad, or puts them into the tile, or else calls `store`.
-  template <class Store>
-  __device__ void keep(int at, const Pair<Scalar>* losses, const Store& store) {
+  // Sets numbers of masked elements to 0.
+  template <class Uses>
+  __device__ void mask(Scalar* numbers, uint32_t kept) const {
+    if (!uses_some<Uses>(kMasks)) return;
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) numbers[c] = is_kept(kept, c) ? numbers[c] : 0;
+  }
+  // Adds up the losses of a quad, or puts them into the tile, or else, unless kReduce, calls
+  // `store`.
+  template <bool kReduce = false, class Store>
+  __device__ void keep(int at, Pair<Scalar>* losses, const Store& store) {
     if (plan_.losses == Losses::kSum) {
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         high_[c] += losses[c].high;
         low_[c] += losses[c].low;
       }
-    } else if (plan_.losses == Losses::kTile) {
+    } else if (kReduce || plan_.losses == Losses::kTile) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad && kModified; ++c) losses[c] = finite_low<L>(losses[c]);
       constexpr int kVectors = kQuad * sizeof(Pair<Scalar>) / sizeof(uint4);
       uint4 vectors[kVectors];
       memcpy(vectors, losses, sizeof vectors);
@@ -621,120 +673,207 @@ class Loop {
     }
   }
 
-  // With modifiers. `masked` has a bit for each element that is to be ignored.
-  template <bool kWeightOnly>
-  __device__ void evaluate_weighted(int at, const Scalar* z, const Scalar* turns, uint32_t masked) {
-    Pair<Scalar> weight[kQuad];
-    if constexpr (kWeightOnly) {
-      Scalar numbers[kQuad];
-      load_quad(plan_.modifiers[kWeight], at, numbers);
+  // A turn with modifiers. Which there are is decided once for the turn, if they are usual.
+  template <bool kSoft>
+  __device__ void evaluate_modified(int at, const Turn<kSoft>& turn) {
+    const auto with = [&](auto uses) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
-    } else {
-      load_weights(at, turns, weight, &masked);
-    }
-    Exponential<L> exponential[kQuad];
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
-    Pair<Scalar> losses[kQuad];
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
-    const auto put_weighted = [&](const Result& result, Scalar* values) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        values[c] = weighted<L, true>({values[c], 0}, weight[c].high).high * rest_;
-      if (!kWeightOnly &&
-          (uses(kWhere) || uses(kIgnoreLabel))) {  // a NaN or negative factor would show
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c) values[c] = masked >> c & 1 ? 0 : values[c];
-      }
-      put_as_logits(result, at, values);
+      for (int q = 0; q < kQuads; ++q)
+        evaluate_modified<kSoft, decltype(uses)>(at + 32 * q, turn.x[q], turn.labels[q],
+                                                 turn.kept[q]);
     };
-    Pair<Scalar> products[kQuad];
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) products[c] = weighted<L, true>(losses[c], weight[c]);
-    Scalar values[kQuad];
-    keep(at, products, [&] {
-      round_once(losses, type(), values);
-      put_weighted(plan_.loss, values);
-    });
-    if (with_gradient()) {
-      Pair<Scalar> gradients[kQuad];
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) gradients[c] = turned_gradient_of<L>(z[c], exponential[c]);
-      round_once(gradients, type(), values);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] *= turns[c];
-      put_weighted(plan_.gradient, values);
+    const uint32_t usual = plan_.usual_modifiers;
+    if (usual == kOneWeight) return with(Exactly<kOneWeight>());
+    if constexpr (!kSoft) {
+      if (usual & kOneWeight) return with(Exactly<kWeights>());
+      if (usual) return with(Exactly<1u << kPosWeight>());
     }
+    with(AnyModifiers());
   }
 
-  __device__ bool uses(ModifierName name) const { return plan_.uses >> name & 1; }
+  // A quad of it: turned logits and their turns, or, if kSoft, logits and labels.
+  template <bool kSoft, class Uses>
+  __device__ void evaluate_modified(int at, const Scalar* x, const Scalar* labels, uint32_t kept) {
+    Pair<Scalar> weight[kQuad];
+    Scalar pos_weight[kQuad];
+    if (uses_some<Uses>(kWeights)) load_weights<kSoft, Uses>(at, labels, weight, pos_weight);
+    const bool positive = kSoft && uses<Uses>(kPosWeight);
+    Exponential<L> exponential[kQuad];
+    Pair<Scalar> losses[kQuad];
+    Pair<Scalar> coefficients[kQuad], factors[kQuad];
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(x[c]);
+    if constexpr (kSoft) {
+      if (positive) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          const auto both = coefficients_of<L>(x[c], labels[c], smoothing_, pos_weight[c]);
+          coefficients[c] = both.c, factors[c] = both.t;
+        }
+      } else {
+        common_coefficients_of(x, labels, coefficients);
+      }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) losses[c] = log1p_of<L>(exponential[c]);
+      if (positive) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          losses[c] = loss_from<L>(x[c], coefficients[c], product_of<L>(losses[c], factors[c]), 1);
+          // 0 times an infinite loss is 0 here.
+          if (weight[c].high == 0 && L::magnitude(losses[c].high) == Format<Scalar>::kInfinity)
+            losses[c].high = 0;
+        }
+      } else {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          losses[c] = loss_from<L, true>(x[c], coefficients[c], losses[c], 1);
+      }
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(x[c], exponential[c]);
+    }
+    constexpr bool kUsual = Uses::kExact;
+    const Type stored = kUsual ? Type::kF32 : type();
+    const auto put_scaled = [&](const Result& result, Scalar* values) {
+      if (uses_some<Uses>(kWeights)) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) values[c] *= weight[c].high;
+      }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] *= rest_;
+      mask<Uses>(values, kept);  // a NaN or negative factor would show
+      put_as_logits(result, at, stored, values);
+    };
+    Scalar values[kQuad];
+    if (!kUsual && plan_.losses == Losses::kStore) {
+      if (with_loss()) {
+        round_once(losses, stored, values);
+        put_scaled(plan_.loss, values);
+      }
+    } else {
+      if (uses_some<Uses>(kWeights)) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) {
+          losses[c] = Uses::kPairs ? product_of<L>(losses[c], weight[c])
+                                   : product_of<L>(losses[c], weight[c].high);
+        }
+      }
+      if (uses_some<Uses>(kMasks)) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c)
+          if (!is_kept(kept, c)) losses[c] = {0, 0};
+      }
+      keep<kUsual>(at, losses, [] {});
+    }
+    if (!kUsual && !with_gradient()) return;
+    Pair<Scalar> gradients[kQuad];
+    if constexpr (kSoft) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) gradients[c] = sigmoid_of<L>(exponential[c]);
+      if (positive) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) gradients[c] = product_of<L>(gradients[c], factors[c]);
+      }
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c)
+        gradients[c] = gradient_from<L>(x[c], coefficients[c], gradients[c], 1);
+    } else {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) gradients[c] = turned_gradient_of<L>(x[c], exponential[c]);
+    }
+    round_once(gradients, stored, values);
+    if constexpr (!kSoft) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) values[c] *= labels[c];
+    }
+    put_scaled(plan_.gradient, values);
+  }
 
-  // The weights of a quad, 0 if masked. They are loaded where they are needed: other warps evaluate
-  // meanwhile.
-  __device__ void load_weights(int at, const Scalar* turns, Pair<Scalar>* weight,
-                               uint32_t* masked) const {
-    const auto load = [&](ModifierName name, auto* numbers) {
-      load_quad(plan_.modifiers[name], at, numbers);
+  // The weights of a quad, with those of hard labels of 1; and, of soft labels, what remains of
+  // these. They are loaded where they are needed: other warps evaluate meanwhile.
+  template <bool kSoft, class Uses>
+  __device__ void load_weights(int at, const Scalar* labels, Pair<Scalar>* weight,
+                               Scalar* pos_weight) const {
+    const auto load = [&](ModifierName name, Scalar* numbers) {
+      load_quad<Uses>(plan_.modifier(name), at, numbers);
     };
     Scalar numbers[kQuad] = {1, 1, 1, 1};
-    if (uses(kWeight)) load(kWeight, numbers);
+    if (uses<Uses>(kWeight)) load(kWeight, numbers);
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) weight[c] = {numbers[c], 0};
-    if (uses(kSampleWeight)) {
+    if (uses<Uses>(kSampleWeight)) {
       load(kSampleWeight, numbers);
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) weight[c] = product_of<L>(weight[c], numbers[c]);
+      for (int c = 0; c < kQuad; ++c) {
+        const Scalar product = weight[c].high * numbers[c];
+        weight[c] = {product, L::fma(weight[c].high, numbers[c], -product)};
+      }
     }
-    if (uses(kPosWeight)) {
+    if (uses<Uses>(kPosWeight)) {
       load(kPosWeight, numbers);
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        weight[c] = weight_of<L>(weight[c], numbers[c], turns[c] < 0 ? 1 : 0, 0).weight;
-    }
-    if (uses(kWhere)) {
-      uint8_t where[kQuad];
-      load(kWhere, where);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) *masked |= where[c] ? 0 : 1u << c;
-    }
-    if (uses(kWhere) || uses(kIgnoreLabel)) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        if (*masked >> c & 1) weight[c] = {0, 0};
+      for (int c = 0; c < kQuad; ++c) {
+        if constexpr (kSoft) {
+          const auto own = weight_of<L>(weight[c], numbers[c], labels[c], smoothing_);
+          weight[c] = own.weight;
+          pos_weight[c] = own.pos_weight;
+        } else {
+          const Scalar own = labels[c] < 0 ? numbers[c] : 1;
+          weight[c] = Uses::kPairs ? product_of<L>(weight[c], own) : Pair<Scalar>{own, 0};
+        }
+      }
     }
   }
 
   // A modifier's numbers, from the element in the distance `at`, or its column or row.
-  template <class Number>
-  __device__ void load_quad(const Input& input, int at, Number* numbers) const {
+  template <class Uses>
+  __device__ void load_quad(const Input& input, int at, Scalar* numbers) const {
+    uint4 words;
+    load_words<float, Uses>(input, at, &words);
+    numbers[0] = __uint_as_float(words.x), numbers[1] = __uint_as_float(words.y);
+    numbers[2] = __uint_as_float(words.z), numbers[3] = __uint_as_float(words.w);
+  }
+  __device__ void load_quad(const Input& input, int at, uint32_t* bytes) const {
+    load_words<uint8_t, Modifiers>(input, at, bytes);
+  }
+  template <class Number, class Uses, class Words>
+  __device__ void load_words(const Input& input, int at, Words* words) const {
     const Number* data = static_cast<const Number*>(input.data);
-    const auto load = [&](const Number* from) {
-      const auto quad = __ldg(reinterpret_cast<const typename Quad<Number>::Vector*>(from));
-      memcpy(numbers, &quad, sizeof quad);
-    };
-    const auto row_of = [&](uint32_t column) {
-      return __umulhi(column, plan_.magic) >> plan_.shift;
-    };
+    const bool whole = Uses::kExact || plan_.whole_quads;
+    const bool by_row = Uses::kExact && Uses::kPairs && &input == &plan_.modifier(kSampleWeight);
+    const Form form = by_row ? Form::kByRow : input.form;
     const uint32_t column = column_ + at, row = row_of(column);
-    if (plan_.whole_quads && input.form == Form::kByColumn) {
-      load(data + (column - row * plan_.inner));
-    } else if (plan_.whole_quads && input.form == Form::kEach) {
-      load(data + element_ + at);
-    } else if (plan_.whole_quads || input.form == Form::kOne) {
-      const Number number = __ldg(data + (input.form == Form::kOne ? 0 : row_ + row));
+    if (whole && form == Form::kByColumn) {
+      *words = __ldg(reinterpret_cast<const Words*>(data + (column - row * plan_.inner)));
+      return;
+    }
+    if (whole && form == Form::kEach) {
+      *words = __ldg(reinterpret_cast<const Words*>(data + element_ + at));
+      return;
+    }
+    Number numbers[kQuad];
+    if (whole || form == Form::kOne) {
+      // Common modifiers have fewer than 2^31 rows.
+      const uint32_t place = form == Form::kOne ? 0 : static_cast<uint32_t>(row_) + row;
+      const Number number = __ldg(data + place);
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) numbers[c] = number;
     } else {
-      BCE_UNROLL
+#pragma unroll 1
       for (int c = 0; c < kQuad; ++c) {
+        BCE_UNROLL
+        for (int next = 1; next < kQuad; ++next) numbers[next - 1] = numbers[next];
         const uint32_t row = row_of(column + c);
-        numbers[c] = __ldg(data + (input.form == Form::kEach       ? element_ + at + c
-                                   : input.form == Form::kByColumn ? column + c - row * plan_.inner
-                                                                   : row_ + row));
+        numbers[kQuad - 1] =
+            __ldg(data + (form == Form::kEach       ? element_ + at + c
+                          : form == Form::kByColumn ? column + c - row * plan_.inner
+                                                    : row_ + row));
       }
     }
+    memcpy(words, numbers, sizeof numbers);
+  }
+  __device__ uint32_t row_of(uint32_t column) const {
+    return __umulhi(column, plan_.magic) >> plan_.shift;
   }
 
   template <bool kDirect, bool kGradient>
@@ -785,21 +924,14 @@ class Loop {
     Pair<Scalar> losses[kQuad];
     Scalar gradients[kQuad];
     if constexpr (kNarrow) {
-      const Scalar smoothing[kQuad] = {smoothing_, smoothing_, smoothing_, smoothing_};
-      evaluate_narrow_quad<true>(x, y, smoothing, losses, gradients);
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) losses[c] = {narrow_element(x[c], y[c], &gradients[c]), 0};
     } else {
       Exponential<L> exponential[kQuad];
       Pair<Scalar> coefficients[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        exponential[c] = exp_of<L, true>(x[c]);
-        coefficients[c] = coefficient_of<L>(x[c], y[c]);
-      }
-      if (smoothing_ != 0) {  // then they are 0 or 1
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          coefficients[c] = coefficients[c].high == 0 ? smoothed_[0] : smoothed_[1];
-      }
+      for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(x[c]);
+      common_coefficients_of(x, y, coefficients);
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
         losses[c] = loss_from<L, true>(x[c], coefficients[c], log1p_of<L>(exponential[c]), 1);
@@ -824,6 +956,16 @@ class Loop {
     else
       put<kDirect>(plan_.gradient, at, rounded(gradients));
   }
+  // Of a quad. In a common turn, labels that are smoothed are 0 or 1.
+  __device__ void common_coefficients_of(const Scalar* x, const Scalar* y,
+                                         Pair<Scalar>* coefficients) const {
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c) coefficients[c] = coefficient_of<L>(x[c], y[c]);
+    if (smoothing_ == 0) return;
+    BCE_UNROLL
+    for (int c = 0; c < kQuad; ++c)
+      coefficients[c] = coefficients[c].high == 0 ? smoothed_[0] : smoothed_[1];
+  }
 
   // Stores a quad in the distance `at` from the thread's element.
   template <bool kDirect, class Stored>
@@ -837,286 +979,187 @@ class Loop {
       quad.store_each(to, there_);
   }
   // The same of any logits' type.
-  __device__ void put_as_logits(const Result& result, int at, const Scalar* values) const {
-    if (type() == Type::kF32)
+  __device__ void put_as_logits(const Result& result, int at, Type stored,
+                                const Scalar* values) const {
+    if (stored == Type::kF32) {
       put<true>(result, at, Quad<float>::rounded(values));
-    else if (type() == Type::kF16)
-      put<true>(result, at, Quad<__half>::rounded(values));
-    else
-      put<true>(result, at, Quad<__nv_bfloat16>::rounded(values));
+    } else {
+      Quad<uint16_t> quad;
+      quad.vectors[0] = {to_pair(values[0], values[1]), to_pair(values[2], values[3])};
+      put<true>(result, at, quad);
+    }
   }
 
-  // A turn of any elements.
+  // A turn of any elements, one at a time, in the order in which lanes add them up.
   __device__ void any_turn() {
-    if (plan_.dense) {
-      point();
-      if (is_full())
-        fetch(0, false);
-      else
-        gather();
-    }
 #pragma unroll 1
-    for (int q = 0; q < kQuads; ++q) {
-      if constexpr (kModified)
-        modified_quad();
-      else
-        plain_quad();
-      BCE_UNROLL
-      for (int next = 1; next < kQuads; ++next) {
-        logits_[next - 1] = logits_[next];
-        labels_[next - 1] = labels_[next];
+    for (int i = 0; i < kQuads * kQuad; ++i) {
+      const int at = i / kQuad * 32 + i % kQuad;
+      Pair<Scalar> loss = {0, 0};
+      if (at < left_) {
+        loss = any_element(at);
+        if (plan_.losses == Losses::kTile) tile<Scalar>()[spread(place_ + at)] = loss;
       }
-      advance(32);
-    }
-  }
-
-  __device__ void plain_quad() {
-    if (left_ <= 0) return;
-    Scalar x[kQuad], y[kQuad], smoothing[kQuad];
-    read_logits(logits_[0], x);
-    read_labels(labels_[0], y);
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) smoothing[c] = c < left_ ? smoothing_ : 0;
-    Pair<Scalar> losses[kQuad] = {};
-    Scalar gradients[kQuad] = {};
-    if constexpr (kNarrow)
-      evaluate_narrow_quad<false>(x, y, smoothing, losses, gradients);
-    else
-      evaluate_quad(x, y, smoothing, losses, gradients);
-    finish_quad(losses, gradients);
-  }
-
-  // Adds up or stores a quad's losses, and stores its gradients.
-  __device__ void finish_quad(const Pair<Scalar>* losses, const Scalar* gradients) {
-    keep(0, losses, [] {});
-#pragma unroll 1
-    for (int result = 0; result < 2; ++result) {
-      if (result == 0 ? !with_loss() || plan_.reduce : !with_gradient()) continue;
-      Scalar values[kQuad];
+      const double high = high_[0] + loss.high;
+      const Scalar low = low_[0] + loss.low;
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = result == 0 ? losses[c].high : gradients[c];
-      store(result == 0 ? plan_.loss : plan_.gradient, element_, left_, values);
+      for (int next = 1; next < kQuad; ++next)
+        high_[next - 1] = high_[next], low_[next - 1] = low_[next];
+      high_[kQuad - 1] = high, low_[kQuad - 1] = low;
     }
+    advance(kStep);
+  }
+
+  // Stores an element's results, and returns its loss, to be added up with its power.
+  __device__ Pair<Scalar> any_element(int at) {
+    const int64_t element = element_ + at;
+    Pair<Scalar> loss;
+    Scalar gradient = 0;
+    if constexpr (kModified) {
+      loss = modified_element(at, &gradient);
+    } else {
+      const Scalar x = number_at<Scalar>(plan_.logits().data, type(), element);
+      const Scalar y = number_at<Scalar>(plan_.labels().data, type_of_labels(),
+                                         plan_.labels().form == Form::kOne ? 0 : element);
+      // Each element is evaluated as its own value asks, so that its bits do not depend on its
+      // neighbors.
+      if (kNarrow && usual_ && is_narrow(L::magnitude(x)) && y >= 0 && y <= 1) {
+        loss = {narrow_element(x, y, &gradient), 0};
+      } else {
+        const Exponential<L> exponential = exp_of<L>(x);
+        loss = loss_of<L>(x, y, smoothing_, exponential);
+        loss = plan_.reduce ? Pair<Scalar>{loss.high * power_, loss.low * power_}
+                            : Pair<Scalar>{scaled(loss, plan_.loss.type), 0};
+        gradient = scaled(gradient_of<L>(x, y, smoothing_, exponential), plan_.gradient.type);
+      }
+    }
+    if (with_loss() && !plan_.reduce) store(plan_.loss, element, loss.high);
+    if (with_gradient()) store(plan_.gradient, element, gradient);
+    return loss;
   }
 
   __device__ Scalar scaled(Pair<Scalar> value, Type type) const {
     return rounded_once(value, type) * power_ * rest_;
   }
-  __device__ Pair<Scalar> scaled_loss(Pair<Scalar> value) const {
-    if (!plan_.reduce) return {scaled(value, plan_.loss.type), 0};
-    return {value.high * power_, value.low * power_};
-  }
-
-  // Each value is scaled and rounded once, or, if it is to be added up, has its power.
-  __device__ void evaluate_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                Pair<Scalar>* losses, Scalar* gradients) const {
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      const Exponential<L> exponential = exp_of<L>(x[c]);
-      losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
-      gradients[c] =
-          scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential), plan_.gradient.type);
-    }
-  }
 
   static constexpr int kDigits = std::is_same_v<Logit, __nv_bfloat16> ? 8 : 11;  // or fewer
 
-  // 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow. Each element is
-  // evaluated as its own value asks, so that its bits do not depend on its neighbors.
-  template <bool kCommon>
-  __device__ void evaluate_narrow_quad(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                       Pair<Scalar>* losses, Scalar* gradients) const {
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      if (kCommon || (usual_ && is_narrow(L::magnitude(x[c])) && y[c] >= 0 && y[c] <= 1)) {
-        const Narrow<L> narrow = narrow_of<L, kDigits>(x[c]);
-        const Scalar coefficient = soft_coefficient_of(x[c], y[c], smoothing[c]);
-        losses[c] = {L::fma(2, narrow.half_log1p, coefficient * L::magnitude(x[c])), 0};
-        if (!plan_.reduce) losses[c].high *= rest_;
-        gradients[c] = soft_gradient_of<L>(x[c], coefficient, narrow.e, divisor_);
-      } else {
-        const Exponential<L> exponential = exp_of<L>(x[c]);
-        losses[c] = scaled_loss(loss_of<L>(x[c], y[c], smoothing[c], exponential));
-        gradients[c] =
-            scaled(gradient_of<L>(x[c], y[c], smoothing[c], exponential), plan_.gradient.type);
-      }
+  // Of 16-bit logits. For labels of 0 and 1, gives the same bits as evaluate_narrow.
+  __device__ Scalar narrow_element(Scalar x, Scalar y, Scalar* gradient) const {
+    const Narrow<L> narrow = narrow_of<L, kDigits>(x);
+    const Scalar coefficient = soft_coefficient_of(x, y, smoothing_);
+    *gradient = soft_gradient_of<L>(x, coefficient, narrow.e, divisor_);
+    const Scalar loss = L::fma(2, narrow.half_log1p, coefficient * L::magnitude(x));
+    return plan_.reduce ? loss : loss * rest_;
+  }
+
+  // Where an element's number is.
+  struct Place {
+    int64_t element, row;
+    uint32_t column;
+  };
+  __device__ static int64_t index_of(const Input& input, const Place& place) {
+    switch (input.form) {
+      case Form::kByColumn:
+        return place.column;
+      case Form::kByRow:
+        return place.row;
+      default:
+        return input.at(place.element);
     }
   }
 
-  // A quad with modifiers. A masked element is replaced by a harmless one.
-  __device__ void modified_quad() {
-    Scalar x[kQuad], y[kQuad], rest[kQuad], power[kQuad], pos_weight[kQuad], number[kQuad];
-    Pair<Scalar> weight[kQuad];
-    bool exists[kQuad], fast = smoothing_ == 0 && plan_.smoothing.form == Form::kOne;
-    int64_t row = 0;
-    uint32_t column = 0;
+  // The numbers of some inputs, which follow each other in memory, or 1 where there is none. In a
+  // loop, as each takes much code.
+  template <int kCount>
+  __device__ static void gather(const Input* inputs, const Place& place, Scalar* numbers) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      BCE_UNROLL
+      for (int next = 1; next < kCount; ++next) numbers[next - 1] = numbers[next];
+      const Input& input = inputs[i];
+      numbers[kCount - 1] =
+          input.data ? number_at<Scalar>(input.data, input.type, index_of(input, place)) : 1;
+    }
+  }
+
+  __device__ Pair<Scalar> modified_element(int at, Scalar* gradient) {
+    Place place = {element_ + at, 0, 0};
     if (plan_.inner) {
-      const uint32_t quotient = __umulhi(column_, plan_.magic) >> plan_.shift;
-      row = row_ + quotient;
-      column = column_ - quotient * plan_.inner;
+      const uint32_t column = column_ + at, rows = row_of(column);
+      place.row = row_ + rows;
+      place.column = column - rows * plan_.inner;
     }
-    const auto load = [&](const Input& input) { numbers(input, row, column, number); };
-    if (plan_.dense) {
-      read_logits(logits_[0], x);
-      read_labels(labels_[0], y);
+    FactorOfElement factor = factor_of(place.element);
+    const bool is_dropped = factor.is_zero || is_masked(place);
+    if (is_dropped && !plan_.focal) return {0, 0};
+
+    enum { kX, kY, kS, kW, kOfSample, kQ, kNumbers };  // as in Plan
+    Scalar numbers[kNumbers] = {};
+    gather<kNumbers>(plan_.inputs, place, numbers);
+    Scalar x = numbers[kX], y = numbers[kY];
+    const Scalar smoothing = numbers[kS];
+    Pair<Scalar> weight = {numbers[kW], 0};
+    if (given(kSampleWeight)) weight = product_of<L>(weight, numbers[kOfSample]);
+    weight = {weight.high * factor.power, weight.low * factor.power};
+    if (is_dropped) {  // the sign of its focal gradient, 0, is that of a harmless element
+      x = y = 0;
+      weight = {0, 0};
+      factor.rest = 0;  // a NaN or negative factor would show
+    }
+    if (plan_.total) return finite_low<L>(weight);
+
+    Pair<Scalar> loss;
+    if (plan_.focal) {
+      loss = focal_element(x, y, smoothing, place, gradient, &weight);
     } else {
-      numbers(plan_.logits, row, column, x);
-      numbers(plan_.labels, row, column, y);
+      const auto own = weight_of<L>(weight, numbers[kQ], y, smoothing);
+      weight = own.weight;
+      const Exponential<L> exponential = exp_of<L>(x);
+      loss = loss_of<L, false, true>(x, y, smoothing, exponential, own.pos_weight);
+      *gradient =
+          rounded_once(gradient_of<L, false, true>(x, y, smoothing, exponential, own.pos_weight),
+                       plan_.gradient.type);
     }
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      exists[c] = c < left_;
-      rest[c] = rest_;
-      power[c] = power_;
-      weight[c] = {1, 0};
-      pos_weight[c] = 1;
-    }
-    if (plan_.factors == Factors::kAny) {
-#pragma unroll 1
-      for (int c = 0; c < kQuad; ++c) {
-        const Factor<Scalar> factor =
-            c < left_ ? plan_.factor_at<Scalar>(element_ + c) : Factor<Scalar>(0, 1);
-        BCE_UNROLL
-        for (int next = 1; next < kQuad; ++next) {
-          rest[next - 1] = rest[next];
-          power[next - 1] = power[next];
-          exists[next - 1] = exists[next];
-        }
-        rest[kQuad - 1] = factor.rest;
-        power[kQuad - 1] = static_cast<Scalar>(factor.power);
-        exists[kQuad - 1] = !factor.is_zero();
-      }
-    }
-    if (given(kIgnoreLabel)) ignore(y, exists);
-    if (given(kWhere)) {
-      load(plan_.modifiers[kWhere]);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) exists[c] = exists[c] && number[c] != 0;
-    }
-    if (given(kWeight)) {
-      load(plan_.modifiers[kWeight]);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) weight[c].high = number[c];
-    }
-    if (given(kSampleWeight)) {
-      load(plan_.modifiers[kSampleWeight]);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) weight[c] = product_of<L>(weight[c], number[c]);
-    }
-    if (given(kPosWeight)) load(plan_.modifiers[kPosWeight]);
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      if (given(kPosWeight)) pos_weight[c] = number[c];
-      if (!exists[c]) {
-        x[c] = y[c] = 0;
-        weight[c] = {0, 0};
-        pos_weight[c] = 1;
-        rest[c] = 0;  // a NaN or negative factor would show
-        power[c] = 1;
-      }
-      fast = fast && is_common(x[c]) && L::to_bits(L::fma(y[c], y[c], -y[c])) == 0 && power[c] == 1;
-    }
-    // From here on, the weights become the losses.
-    Scalar gradients[kQuad] = {};
-    if constexpr (kFocal) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        weight[c] = {weight[c].high * power[c], weight[c].low * power[c]};
-      evaluate_focal(x, y, row, column, rest, weight, gradients);
-    } else if (plan_.total) {
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        weight[c] = finite_low<L>({weight[c].high * power[c], weight[c].low * power[c]});
-    } else if (!any_of_warp(!fast)) {
-      if (given(kPosWeight)) {
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          weight[c] = weight_of<L>(weight[c], pos_weight[c], y[c], 0).weight;
-      }
-      evaluate_weighted<true>(x, y, nullptr, rest, weight, nullptr, gradients);
-    } else {
-      Scalar smoothing[kQuad];
-      numbers(plan_.smoothing, row, column, smoothing);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const auto own = weight_of<L>({weight[c].high * power[c], weight[c].low * power[c]},
-                                      pos_weight[c], y[c], smoothing[c]);
-        weight[c] = own.weight;
-        pos_weight[c] = own.pos_weight;
-      }
-      evaluate_weighted<false>(x, y, smoothing, rest, weight, pos_weight, gradients);
-    }
-    if (left_ > 0) finish_quad(weight, gradients);
+    const auto scaled = [&](Scalar value) {
+      return weighted<L>(Pair<Scalar>{value, 0}, weight.high).high * factor.rest;
+    };
+    *gradient = scaled(*gradient);
+    if (plan_.reduce) return weighted<L>(loss, weight);
+    return {scaled(rounded_once(loss, plan_.loss.type)), 0};
   }
 
-  template <bool kFast>
-  __device__ void evaluate_weighted(const Scalar* x, const Scalar* y, const Scalar* smoothing,
-                                    const Scalar* rest, Pair<Scalar>* weight,
-                                    const Scalar* pos_weight, Scalar* gradients) const {
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      const Scalar s = kFast ? 0 : smoothing[c], q = kFast ? 1 : pos_weight[c];
-      const Exponential<L> exponential = exp_of<L, kFast>(x[c]);
-      const auto result = [&](Pair<Scalar> value, Type type) {
-        return weighted<L, kFast>({rounded_once(value, type), 0}, weight[c].high).high * rest[c];
-      };
-      if (with_gradient())
-        gradients[c] = result(gradient_of<L, kFast, !kFast>(x[c], y[c], s, exponential, q),
-                              plan_.gradient.type);
-      if (!with_loss()) continue;
-      const Pair<Scalar> loss = loss_of<L, kFast, !kFast>(x[c], y[c], s, exponential, q);
-      if (plan_.reduce)
-        weight[c] = weighted<L, kFast>(loss, weight[c]);
-      else
-        weight[c] = {result(loss, plan_.loss.type), 0};
-    }
+  struct FactorOfElement {
+    Scalar rest, power;
+    bool is_zero;
+  };
+  __device__ FactorOfElement factor_of(int64_t element) const {
+    if (plan_.factors != Factors::kAny) return {rest_, power_, false};
+    const Factor<Scalar> factor = plan_.factor_at<Scalar>(element);
+    return {factor.rest, static_cast<Scalar>(factor.power), factor.is_zero()};
   }
 
-  // An element at a time: the compiler takes its time for these formulas.
-  __device__ void evaluate_focal(const Scalar* x, const Scalar* y, int64_t row, uint32_t column,
-                                 const Scalar* rest, Pair<Scalar>* weight, Scalar* gradients) {
-    struct Element {
-      Scalar x, y, smoothing, rest;
-      Scalar numbers[kClip - kAlpha + 1];
-    } elements[kQuad];
-    Scalar numbers_of_quad[kQuad];
-    numbers(plan_.smoothing, row, column, numbers_of_quad);
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) elements[c] = {x[c], y[c], numbers_of_quad[c], rest[c], {}};
-    BCE_UNROLL
-    for (int name = kAlpha; name <= kClip; ++name) {
-      const Input& input = plan_.modifiers[name == kGammaPos && !given(kGammaPos) ? kGamma : name];
-      if (!input.data) continue;
-      numbers(input, row, column, numbers_of_quad);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) elements[c].numbers[name - kAlpha] = numbers_of_quad[c];
-    }
-#pragma unroll 1
-    for (int c = 0; c < kQuad; ++c) {
-      const Element element = elements[0];
-      const auto number = [&](ModifierName name) { return element.numbers[name - kAlpha]; };
-      const FocalResult<Scalar> result =
-          focal_of(element.x, element.y, element.smoothing,
-                   focus_of(number(kGamma), number(kGammaPos), number(kClip)));
-      Pair<Scalar> loss = weight[0];
-      if (given(kAlpha))
-        loss = product_of<L>(loss, balance_of<L>(number(kAlpha), element.y, element.smoothing));
-      const auto scaled = [&](Scalar value) {
-        return weighted<L>(Pair<Scalar>{value, 0}, loss.high).high * element.rest;
-      };
-      const Scalar gradient = scaled(result.gradient);
-      if (plan_.reduce)
-        loss = weighted<L>(result.loss, loss);
-      else
-        loss = {scaled(rounded_once(result.loss, plan_.loss.type)), 0};
-      BCE_UNROLL
-      for (int next = 1; next < kQuad; ++next) {
-        elements[next - 1] = elements[next];
-        weight[next - 1] = weight[next];
-        gradients[next - 1] = gradients[next];
-      }
-      weight[kQuad - 1] = loss, gradients[kQuad - 1] = gradient;
-    }
+  __device__ bool is_masked(const Place& place) const {
+    const Input &labels = plan_.labels(), &where = plan_.modifier(kWhere),
+                &ignored = plan_.modifier(kIgnoreLabel);
+    return (where.data && number_at<Scalar>(where.data, where.type, index_of(where, place)) == 0) ||
+           (ignored.data && same_number(labels.type, labels.data, index_of(labels, place),
+                                        ignored.data, ignored.at(place.element)));
+  }
+
+  // The loss and the gradient of an element; *weight gets its factor alpha.
+  __device__ Pair<Scalar> focal_element(Scalar x, Scalar y, Scalar smoothing, const Place& place,
+                                        Scalar* gradient, Pair<Scalar>* weight) {
+    enum { kOfAlpha, kOfGamma, kOfGammaPos, kOfClip, kNumbers };  // as in ModifierName
+    Scalar numbers[kNumbers] = {};
+    gather<kNumbers>(&plan_.modifier(kAlpha), place, numbers);
+    const Scalar gamma = numbers[kOfGamma], gamma_pos = numbers[kOfGammaPos];
+    if (given(kAlpha))
+      *weight = product_of<L>(*weight, balance_of<L>(numbers[kOfAlpha], y, smoothing));
+    const FocalResult<Scalar> result = focal_of(
+        x, y, smoothing, focus_of(gamma, given(kGammaPos) ? gamma_pos : gamma, numbers[kOfClip]));
+    *gradient = result.gradient;
+    return result.loss;
   }
 
   __device__ Focus<Scalar> focus_of(Scalar gamma_neg, Scalar gamma_pos, Scalar clip) {
@@ -1161,74 +1204,6 @@ class Loop {
     return soft_focal_of<L>(x, y, smoothing, exponential, focus, plan_.constant_power);
   }
 
-  // A modifier's numbers for the quad, which begins in this row and column.
-  __device__ void numbers(const Input& input, int64_t row, uint32_t column, Scalar* values) const {
-    const bool one = input.form == Form::kOne;
-    const bool whole = left_ >= kQuad && (input.form == Form::kEach || column + 3 < plan_.inner);
-    if (one || (whole && input.form == Form::kByRow)) {
-      const Scalar value = number_at<Scalar>(input.data, input.type, one ? 0 : row);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = value;
-      return;
-    }
-    const bool dense = input.form == Form::kEach || input.form == Form::kByColumn;
-    const int64_t first = input.form == Form::kEach ? element_ : column;
-    const void* from = static_cast<const char*>(input.data) + first * width_of(input.type);
-    if (whole && dense && (input.type == Type::kF32 || width_of(input.type) == 1) &&
-        is_aligned(from, kQuad * width_of(input.type))) {
-      if (input.type == Type::kF32) {
-        const uint4 words = __ldg(static_cast<const uint4*>(from));
-        values[0] = __uint_as_float(words.x), values[1] = __uint_as_float(words.y);
-        values[2] = __uint_as_float(words.z), values[3] = __uint_as_float(words.w);
-      } else {
-        const uint32_t word = __ldg(static_cast<const uint32_t*>(from));
-        BCE_UNROLL
-        for (int c = 0; c < kQuad; ++c)
-          values[c] = label_of<Scalar>(input.type, static_cast<uint8_t>(word >> 8 * c));
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int c = 0; c < kQuad; ++c) {
-      BCE_UNROLL
-      for (int next = 1; next < kQuad; ++next) values[next - 1] = values[next];
-      values[kQuad - 1] = 0;
-      if (c >= left_) continue;
-      const int64_t at = input.form == Form::kByColumn ? column
-                         : input.form == Form::kByRow  ? row
-                                                       : input.at(element_ + c);
-      values[kQuad - 1] = number_at<Scalar>(input.data, input.type, at);
-      if (++column == plan_.inner) column = 0, ++row;
-    }
-  }
-
-  // Takes away the elements whose label, as stored, is to be ignored.
-  __device__ void ignore(const Scalar* y, bool* exists) const {
-    const Input &labels = plan_.labels, &ignored = plan_.modifiers[kIgnoreLabel];
-    if (plan_.dense && ignored.form == Form::kOne && width_of(labels.type) < 8) {
-      const uint32_t word =
-          width_of(labels.type) == 4 ? *static_cast<const uint32_t*>(ignored.data) : 0;
-      const Scalar number = number_at<Scalar>(ignored.data, ignored.type, 0);
-      BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        bool same = y[c] == number;
-        if (labels.type == Type::kI32) same = labels_[0].word(c) == word;
-        exists[c] = exists[c] && !same;
-      }
-      return;
-    }
-    uint32_t same = 0;
-#pragma unroll 1
-    for (int c = 0; c < kQuad && c < left_; ++c) {
-      const int64_t element = element_ + c;
-      if (same_number(labels.type, labels.data, labels.at(element), ignored.data,
-                      ignored.at(element)))
-        same |= 1u << c;
-    }
-    BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exists[c] = exists[c] && !(same >> c & 1);
-  }
-
   const Plan& plan_;
   const Scalar smoothing_;
   const Pair<Scalar> smoothed_[2];  // 0 and 1
@@ -1252,7 +1227,9 @@ class Loop {
   uint32_t column_;
   // The ignored label as it is stored, if it is an integer, and as a number.
   uint32_t ignored_;
-  Scalar ignored_number_;
+  Scalar ignored_number_ = Format<Scalar>::kInfinity - Format<Scalar>::kInfinity;
+  uint32_t nothing_ignored_ = 1;
+  uint32_t where_[kQuads];
   // Of a focal loss: the last clip, and its logit.
   Scalar clip_ = 0;
   Pair<Scalar> clip_logit_ = {-0x1p100, 0};

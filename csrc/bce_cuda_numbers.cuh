@@ -104,19 +104,23 @@ __device__ __nv_bfloat162 round_pair(__nv_bfloat16, float a, float b) {
   return __floats2bfloat162_rn(a, b);
 }
 
-// Whether all numbers of some pairs are at most `limit` in magnitude. Magnitudes have the order of
-// their bits, with NaN at its end. The addition shifts out the signs.
+// Whether all numbers of some pairs, of either type, are at most `limit` in magnitude. Magnitudes
+// have the order of their bits, with NaN at its end.
 __device__ uint32_t with_pair(uint32_t largest, uint32_t pair) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return __viaddmax_u16x2(pair, pair, largest);  // one instruction
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("{ .reg .b32 magnitudes; abs.bf16x2 magnitudes, %1;\n"
+      "max.NaN.bf16x2 %0, %0, magnitudes; }"  // one instruction
+      : "+r"(largest)
+      : "r"(pair));
+  return largest;
 #else
-  const uint32_t first = pair << 16 << 1, second = pair >> 16 << 17;
-  const uint32_t low = largest << 16, high = largest & 0xffff0000;
-  return (first > low ? first : low) >> 16 | (second > high ? second : high);
+  const uint32_t first = pair & 0x7fff, second = pair & 0x7fff0000;
+  const uint32_t low = largest & 0xffff, high = largest & 0xffff0000;
+  return (first > low ? first : low) | (second > high ? second : high);
 #endif
 }
 __device__ bool all_within(uint32_t largest, uint32_t limit) {
-  return largest <= (limit << 17 | 0xffff) && largest << 16 <= limit << 17;
+  return largest <= (limit << 16 | 0xffff) && (largest & 0xffff) <= limit;
 }
 template <class Stored>
 __device__ uint32_t bits_of(float number) {
@@ -125,6 +129,11 @@ __device__ uint32_t bits_of(float number) {
   uint16_t bits;
   memcpy(&bits, &rounded, sizeof bits);
   return bits;
+}
+
+// The first bit of each byte that is not 0.
+BCE_INLINE uint32_t nonzero_bytes(uint32_t word) {
+  return (((word & 0x7f7f7f7f) + 0x7f7f7f7f) | word) & 0x80808080;
 }
 
 // A label of a type, from its bits.
@@ -302,12 +311,7 @@ struct Quad {
   }
 };
 
-// Whether a quad may be loaded or stored there at once.
-template <class Stored>
-__device__ bool is_aligned(const Stored* data) {
-  return reinterpret_cast<uintptr_t>(data) % alignof(typename Quad<Stored>::Vector) == 0;
-}
-
+// Whether so many bytes may be loaded or stored there at once.
 BCE_INLINE bool is_aligned(const void* data, int bytes) {
   return reinterpret_cast<uintptr_t>(data) % (bytes < 16 ? bytes : 16) == 0;
 }
@@ -319,25 +323,49 @@ BCE_INLINE int width_of(Type type) {
 
 // Four numbers of any type whose width is one of kWidths, a sum of 1, 2, 4 and 8: as stored if they
 // fit, else as Scalars.
-template <class Scalar, int kWidths>
+template <class Scalar, int kWidths, bool kFloats = false>
 struct AnyQuad {
   uint4 words[sizeof(Scalar) / 4];
 
-  __device__ void load(Type type, const void* data, int offset, bool aligned) {
-    const int width = width_of(type);
-    const void* from = static_cast<const char*>(data) + int64_t{offset} * width;
+  // Loads quads that are 32 elements apart, with one decision for all.
+  template <int kQuads>
+  __device__ static void load(AnyQuad (&quads)[kQuads], Type type, int width, const void* data,
+                              bool aligned) {
+    const auto vector = [&](auto vector, int q) {
+      return __ldcs(reinterpret_cast<const decltype(vector)*>(static_cast<const char*>(data) +
+                                                              32 / kQuad * sizeof vector * q));
+    };
     if (!aligned || is<8>(width)) {
-      *this = {};
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) set(c, type, data, offset + c);
+      for (int q = 0; q < kQuads; ++q) {
+        quads[q] = {};
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) quads[q].set(c, type, data, 32 * q + c);
+      }
     } else if (is<4>(width)) {
-      words[0] = __ldcs(static_cast<const uint4*>(from));
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) quads[q].words[0] = vector(uint4(), q);
     } else if (is<2>(width)) {
-      const uint2 two = __ldcs(static_cast<const uint2*>(from));
-      words[0].x = two.x, words[0].y = two.y;
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        const uint2 two = vector(uint2(), q);
+        quads[q].words[0].x = two.x, quads[q].words[0].y = two.y;
+      }
     } else {
-      words[0].x = __ldcs(static_cast<const uint32_t*>(from));
+      BCE_UNROLL
+      for (int q = 0; q < kQuads; ++q) quads[q].words[0].x = vector(uint32_t(), q);
     }
+  }
+  // Four times the same number.
+  __device__ static AnyQuad filled(Type type, const void* data) {
+    AnyQuad quad = {};
+    quad.set(0, type, data, 0);
+    constexpr int kWords = sizeof(Scalar) / 4;
+    const int width = width_of(type);
+    const uint32_t word = quad.word(0) * (is<1>(width) ? 0x1010101 : is<2>(width) ? 0x10001 : 1);
+    BCE_UNROLL
+    for (int i = 0; i < kWords * kQuad; ++i) quad.word(i) = i % kWords == 0 ? word : quad.word(1);
+    return quad;
   }
   __device__ void set(int c, Type type, const void* data, int64_t i) {
     const int width = width_of(type);
@@ -361,32 +389,43 @@ struct AnyQuad {
   }
   __device__ uint32_t word(int i) const { return const_cast<AnyQuad*>(this)->word(i); }
 
-  // One decision for all four.
-  __device__ void get(Type type, Scalar* values) const {
-    const int width = width_of(type);
-    const auto each = [&](const auto& value) {
+  // Visits the numbers of quads, with one decision for all: visit(quad, place in it, number,
+  // whether it is of type int32).
+  template <int kQuads, class Visit>
+  __device__ static void each(const AnyQuad (&quads)[kQuads], Type type, int width,
+                              const Visit& visit) {
+    const auto all = [&](auto is_int32, const auto& number) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) values[c] = value(c);
+      for (int q = 0; q < kQuads; ++q) {
+        BCE_UNROLL
+        for (int c = 0; c < kQuad; ++c) visit(q, c, number(quads[q], c), is_int32);
+      }
     };
-    const auto half = [&](int c) { return static_cast<uint16_t>(word(c / 2) >> 16 * (c % 2)); };
+    const std::true_type yes;
+    const std::false_type no;
+    const auto half = [](const AnyQuad& quad, int c) {
+      return static_cast<uint16_t>(quad.word(c / 2) >> 16 * (c % 2));
+    };
     if (is<4>(width)) {
-      if (type == Type::kF32)
-        each([&](int c) { return label_of<Scalar>(Type::kF32, word(c)); });
+      if (kFloats || type == Type::kF32)
+        all(no, [](auto& quad, int c) { return label_of<Scalar>(Type::kF32, quad.word(c)); });
       else
-        each([&](int c) { return label_of<Scalar>(Type::kI32, word(c)); });
+        all(yes, [](auto& quad, int c) { return label_of<Scalar>(Type::kI32, quad.word(c)); });
     } else if (is<2>(width)) {
       if (type == Type::kBF16)
-        each([&](int c) { return label_of<Scalar>(Type::kBF16, half(c)); });
-      else if (type == Type::kF16)
-        each([&](int c) { return label_of<Scalar>(Type::kF16, half(c)); });
+        all(no, [&](auto& quad, int c) { return label_of<Scalar>(Type::kBF16, half(quad, c)); });
+      else if (kFloats || type == Type::kF16)
+        all(no, [&](auto& quad, int c) { return label_of<Scalar>(Type::kF16, half(quad, c)); });
       else
-        each([&](int c) { return label_of<Scalar>(Type::kI16, half(c)); });
+        all(no, [&](auto& quad, int c) { return label_of<Scalar>(Type::kI16, half(quad, c)); });
     } else if (is<1>(width)) {
-      each([&](int c) { return label_of<Scalar>(type, static_cast<uint8_t>(word(0) >> 8 * c)); });
+      all(no, [&](auto& quad, int c) {
+        return label_of<Scalar>(type, static_cast<uint8_t>(quad.word(0) >> 8 * c));
+      });
     } else {
-      each([&](int c) -> Scalar {
-        if constexpr (sizeof(Scalar) == 4) return __uint_as_float(word(c));
-        return Lane<Scalar>::from_bits(uint64_t{word(2 * c + 1)} << 32 | word(2 * c));
+      all(no, [](auto& quad, int c) -> Scalar {
+        if constexpr (sizeof(Scalar) == 4) return __uint_as_float(quad.word(c));
+        return Lane<Scalar>::from_bits(uint64_t{quad.word(2 * c + 1)} << 32 | quad.word(2 * c));
       });
     }
   }
@@ -397,24 +436,6 @@ struct AnyQuad {
     return (kWidths & kWidth) && (kWidths == kWidth || width == kWidth);
   }
 };
-
-// Stores the first `left` of four elements.
-template <class Stored>
-__device__ void store_quad(void* data, int64_t offset, int left, const Quad<Stored>& quad) {
-  Stored* to = static_cast<Stored*>(data) + offset;
-  if (left >= kQuad && is_aligned(to)) {
-    quad.store(to);
-    return;
-  }
-  // In a loop, which is skipped; if-converted stores would take their time even where unneeded.
-  Quad<Stored> rest = quad;
-#pragma unroll 1
-  for (int c = 0; c < kQuad && c < left; ++c) {
-    to[c] = rest.get(0);
-    BCE_UNROLL
-    for (int next = 1; next < kQuad; ++next) rest.set(next - 1, rest.get(next));
-  }
-}
 
 // The value of a result, to be multiplied by its factor and then rounded to its type.
 template <class Scalar>
@@ -436,10 +457,10 @@ __device__ void round_once(const Pair<Scalar>* pairs, Type type, Scalar* values)
 }
 
 template <class Scalar>
-__device__ void store(const Result& result, int64_t offset, int left, const Scalar* values) {
+__device__ void store(const Result& result, int64_t place, Scalar value) {
   const auto store_as = [&](auto stored) {
-    using Stored = decltype(stored);
-    store_quad(result.data, offset, left, Quad<Stored>::rounded(values));
+    round_to(&stored, value);
+    static_cast<decltype(stored)*>(result.data)[place] = stored;
   };
   if constexpr (sizeof(Scalar) == 4) {
     if (result.type == Type::kF16) return store_as(__half());

@@ -26,7 +26,7 @@ from jax_bce import _kernels
 
 # The templates' arguments, as a symbol holds them: the dtypes of logits and labels ("S2_" is the
 # logits' own: bfloat16, or any), and the kind.
-KINDS_OF_LOSS = ["", "modifiers", "focal"]
+KINDS_OF_LOSS = ["", "modifiers or focal"]
 LOGITS = {
     "6__half": "float16",
     "13__nv_bfloat16": "bfloat16",
@@ -37,7 +37,7 @@ LOGITS = {
 }
 LABELS = {"h": "uint8", "f": "float32", "NS0_3AnyE": "any", "S2_": "any"}
 SYMBOL = re.compile(
-    rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})LNS0_4KindE([012])E)?E"
+    rf"\d(evaluate|finish_rows)I({'|'.join(LOGITS)})(?:({'|'.join(LABELS)})Lb([01])E)?E"
 )
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)")
 
@@ -232,8 +232,8 @@ def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
     ways = (
         way_in(vote, inside, code, turn)
         for vote, inside in loops_of(code).items()
-        # These loops approximate nothing in vain.
-        if sum(code[place].kinds[0] for place in inside) == turn.approximations
+        # These loops approximate nothing in vain, but may have several ways for a turn.
+        if sum(code[place].kinds[0] for place in inside) >= turn.approximations
     )
     found = sorted(filter(None, ways), key=len)
     return found[turn.loop] if turn.loop < len(found) else []
@@ -302,20 +302,28 @@ LOOPS = {
         Turn({128: 4}, (0, 0), 8, 8),
     ),
     "float32, a weight per class": (
-        *("any but float64", "any", "modifiers", 8),
-        Turn({128: 6}, (128, 2), 16, 8),
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 6}, (128, 2), 16, 8, least={"FFMA": 216}),
+    ),
+    "float32, pos_weight per class": (
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 6}, (128, 2), 16, 8, least={"FFMA": 216, "FSEL": 16}),
     ),
     "float32, weight, pos_weight and sample_weight": (
-        *("any but float64", "any", "modifiers", 8),
-        Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FMUL": 144}),
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 8, 32: 2}, (128, 2), 16, 8, least={"FFMA": 240, "LDG.E.EF.128": 4}),
     ),
     "float32, where": (
-        *("any but float64", "any", "modifiers", 8),
-        Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 40}),
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 4, 32: 2}, (128, 2), 16, 8, least={"FSEL": 48}),
     ),
     "float32, int32, ignore_label": (
-        *("any but float64", "any", "modifiers", 8),
-        Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 40}),
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 4}, (128, 2), 16, 8, least={"FSEL": 48}),
+    ),
+    "float32, a weight per class, soft labels": (
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 6}, (128, 2), 16, 8, least={"FFMA": 232, "LDG.E.EF.128": 4}),
     ),
     "bfloat16, uint8": ("bfloat16", "uint8", "", 16, Turn({64: 4, 32: 4}, (64, 4), 48, 1)),
     "bfloat16, uint8, loss alone": (

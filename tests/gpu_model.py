@@ -199,8 +199,9 @@ class Case:
 
     @property
     def launches(self) -> int:
-        """Rows of up to 1,024 elements are summed by the same kernel, longer ones by a second."""
-        return 1 if self.rows and self.operands[0][0][-1] <= 1024 else 2
+        """Rows of up to 1,024 elements, or one of 4,096, are summed by the same kernel."""
+        length = self.operands[0][0][-1] if self.rows else self.elements
+        return 1 if length <= 1024 or self.elements <= 4096 else 2
 
 
 def by_kernel(case: Case, operands: list[jax.ShapeDtypeStruct]) -> Work:
@@ -225,7 +226,7 @@ CASES = {
     "mean, float16 and uint8": Case("float16, uint8", pair(*LARGE, logits=F16, labels=U8)),
     "loss alone": Case("float32, loss alone", pair(*LARGE), gradient=False),
     "loss alone, bfloat16 and uint8": Case("bfloat16, uint8, loss alone", SMALL, gradient=False),
-    **{f"mean of 2^{n}": Case("float32", pair(2**n)) for n in (10, 14, 16, 17, 20)},
+    **{f"mean of 2^{n}": Case("float32", pair(2**n)) for n in (10, 12, 14, 16, 17, 20)},
     **{
         f"rows, {rows:,} x {columns:,}": Case(loop, pair(rows, columns), rows=True)
         for rows, columns, loop in (
@@ -244,6 +245,12 @@ CASES = {
     "one label for all": Case("float32, one label", ((LARGE, F32), ((), F32))),
     "weight (C,)": Case(
         "float32, a weight per class", (*pair(*LARGE), (LARGE[1:], F32)), ("weight",)
+    ),
+    "weight (C,), soft labels": Case(
+        "float32, a weight per class, soft labels", (*pair(*LARGE), (LARGE[1:], F32)), ("weight",)
+    ),
+    "pos_weight (C,)": Case(
+        "float32, pos_weight per class", (*pair(*LARGE), (LARGE[1:], F32)), ("pos_weight",)
     ),
     "weight and pos_weight (C,), sample_weight (B,)": Case(
         "float32, weight, pos_weight and sample_weight",

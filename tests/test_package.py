@@ -102,7 +102,7 @@ def test_driver_guard(driver: int, usable: bool) -> None:
 
 
 # The default build's, and that of CUDAARCHS=90.
-ALL, ALL_PTX = [75, 80, 90, 100, 120], [75, 90]
+ALL, ALL_PTX = [75, 80, 90, 100, 120], [75, 80]
 HOPPER = [90], [90]
 
 

@@ -129,6 +129,8 @@ struct Case {
   int divisors = 0;        // none, one number, one a row, one an element (or a row, if they add up)
   bool total = false;      // weights in the place of losses
   bool common = false;  // no rare numbers, modifiers of the usual types, the same smoothing for all
+  int softness = 0;     // of common ones: 1 for smoothed labels, 2 for soft ones, 3 for both
+  bool huge = false;    // weights whose products overflow
 };
 
 inline std::mt19937 random_bits(1);
@@ -188,8 +190,8 @@ struct Call {
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
     for (int64_t i = 0; i < smoothings_size; ++i)
-      smoothing.set(i, c.smooth ? i % 5 / 5.0 : c.common && !c.modifiers ? c.form % 2 * 0.1 : 0);
-    for (int64_t i = 0; c.common && !c.modifiers && c.form > 1 && i < labels_size; ++i)
+      smoothing.set(i, c.smooth ? i % 5 / 5.0 : c.softness % 2 * 0.1);
+    for (int64_t i = 0; c.softness > 1 && i < labels_size; ++i)
       labels.set(i, random_bits() % 8 / 7.0);
     for (int64_t i = 0; i < divisors_size; ++i) {
       const double rare[] = {0, 1e-38, -1e-33, 1e37, INFINITY, NAN};
@@ -203,8 +205,9 @@ struct Call {
       const bool given = c.modifiers >> name & 1;
       const int64_t count = (by_row(name) ? c.rows : 1) * (by_column(name) ? c.columns : 1);
       modifiers.emplace_back(modifier_type(name), given ? count : 0, c.offset);
-      const double numbers[] = {0, 1, 3, 0.3, -2}, alphas[] = {0, 0.25, 1, 0.7, 0.5},
-                   gammas[] = {2, 0.5, 0, 4, 1}, clips[] = {0.05, 0, 0.2, 0.5, 0.9};
+      const double numbers[] = {c.huge ? 3e38 : 0, 1, 3, 0.3, -2},
+                   alphas[] = {0, 0.25, 1, 0.7, 0.5}, gammas[] = {2, 0.5, 0, 4, 1},
+                   clips[] = {0.05, 0, 0.2, 0.5, 0.9};
       const int usual = random_bits() % 2 ? 1 : 5;  // of the first, or of all
       for (int64_t i = 0; given && i < count; ++i)
         modifiers[name].set(i, name == kWhere         ? random_bits() % 4 != 0

@@ -332,8 +332,8 @@ int main(int count, char** arguments) {
              cases % 5 == 0 || cases % 7 != 0, cases % 11 == 0, cases % 13 == 0, cases % 2 == 0,
              cases % 3 == 1, false, modifiers, form, static_cast<int>(cases / 2 % 4)});
       }
-  // Common elements only, in whole turns: with modifiers, and without them hard and soft labels,
-  // with and without smoothing.
+  // Common elements only, in whole turns: hard and soft labels, with and without modifiers and
+  // smoothing.
   for (int modifiers = 0; modifiers < 1 << kModifiersOfAll; ++modifiers)
     for (int form = 0; form < 4; ++form)
       for (Type labels : {Type::kF32, Type::kU8, Type::kI32, Type::kBF16, Type::kI8})
@@ -357,6 +357,8 @@ int main(int count, char** arguments) {
                     false,
                     false};
           c.modifiers = modifiers, c.form = form, c.common = true;
+          c.huge = modifiers && cases / 2 % 8 == 4;
+          c.softness = !modifiers ? form : cases / 2 % 8 < 4 ? cases / 2 % 4 : 0;
           run(c);
         }
   // Focal losses, with every choice of their own numbers and of other modifiers.
@@ -377,7 +379,8 @@ int main(int count, char** arguments) {
                   cases % 13 == 0,
                   cases % 5 == 0,
                   cases % 4 == 0};
-        c.modifiers = modifiers, c.form = cases % 12, c.divisors = cases % 17 == 0;
+        c.modifiers = modifiers, c.form = cases % 12,
+        c.divisors = cases % 5 ? 0 : 1 + cases / 5 % 3;
         c.common = cases % 2;
         --cases, run(c);
       }

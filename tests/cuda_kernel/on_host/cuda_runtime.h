@@ -18,6 +18,7 @@
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__
 #define __grid_constant__
