@@ -28,7 +28,7 @@ namespace jax_bce {
 namespace {
 
 // log(1 + e^x), log(1 + e^-x), sigmoid(x) and sigmoid(-x), rounded to float64. Logits are exact in
-// every type. An odd number of rows meets every place in a quad, and both labels.
+// every type. Odd numbers of rows meet every place in a quad, and both labels.
 struct Row {
   double logit, above, below, up, down;
 };
@@ -55,7 +55,7 @@ constexpr Row kTable[] = {
     {INFINITY, INFINITY, 0.0, 1.0, 0.0},  // the last two are in no sum
     {-INFINITY, 0.0, INFINITY, 0.0, 1.0},
 };
-constexpr int64_t kRows = std::size(kTable), kFinite = kRows - 2;
+constexpr int64_t kRows = std::size(kTable), kFinite = kRows - 2, kCommon = kFinite - 2;
 
 constexpr Type kF16 = Type::kF16, kBF16 = Type::kBF16, kF32 = Type::kF32, kF64 = Type::kF64;
 
@@ -173,7 +173,10 @@ class Call {
   };
 
   bool has(int modifier) const { return c.modifiers >> modifier & 1; }
-  const Row& row(int64_t i) const { return kTable[i % (c.reduce ? kFinite : kRows)]; }
+  // Three quarters of the turns of a loop have common logits only.
+  const Row& row(int64_t i) const {
+    return kTable[i % (i % 256 < 192 ? kCommon : c.reduce ? kFinite : kRows)];
+  }
   bool smooth() const { return c.soft && c.labels == Type::kU8; }
   double label(int64_t i) const {
     constexpr double kSoft[] = {0.25, 1, 0.75, 0};
@@ -307,14 +310,15 @@ class Call {
   size_t loss_ = 0, gradient_ = 0, workspace_ = 0;
 };
 
-// Rows of each loop: some in a warp, one warp's, two groups, three blocks, ten; and places that no
-// vector may be at. Every kernel: the types of logits, the widths of labels, modifiers.
+// Rows of each loop: some in a warp, one warp's, two groups, three in one launch, three blocks,
+// ten; and places that no vector may be at. Every kernel: the types of logits, the widths of
+// labels, modifiers.
 void test(cudaStream_t stream) {
   struct Shape {
     int64_t rows, columns;
   };
   constexpr Shape kShapes[] = {
-      {23, 10}, {9, 300}, {2, 1025}, {1, 2 * kBlock + 37}, {1, 9 * kBlock + 5}};
+      {23, 10}, {9, 300}, {2, 1025}, {1, 2500}, {1, 2 * kBlock + 37}, {1, 9 * kBlock + 5}};
   constexpr int kWeights = 1 << kWeight | 1 << kSampleWeight | 1 << kPosWeight | 1 << kWhere;
   for (Type logits : {kF32, kBF16, kF16, kF64})
     for (const auto [rows, columns] : kShapes) {
@@ -337,6 +341,9 @@ void test(cudaStream_t stream) {
       run(kF32, 0, false, true, true, true, logits == kF64 ? kF64 : kF32);
       run(Type::kU8, 0, false, true, true, true, logits, kWeights);
       run(kF32, 1, true, true, true, true, logits, kWeights);
+      for (int modifiers : {1 << kWeight, 1 << kPosWeight, kWeights & ~(1 << kWhere), 1 << kWhere})
+        run(Type::kU8, 0, false, true, true, true, logits, modifiers);
+      run(kF32, 0, true, true, true, true, logits, 1 << kWeight);
       run(Type::kU8, 0, false, true, true, true, logits, 1 << kIgnoreLabel);
       run(Type::kU8, 0, false, true, true, true, logits, 1 << kGamma);
       run(kF32, 1, false, false, true, true, logits, 1 << kGamma | 1 << kWeight);

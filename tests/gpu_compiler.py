@@ -67,6 +67,11 @@ def of_columns(x, y, **keywords):
     return jnp.sum(jax_bce.loss(x, y, axis=0, **keywords))
 
 
+def weighted(x, y):
+    weight = jnp.arange(1, 1 + x.shape[1], dtype=jnp.float32)
+    return jax_bce.loss(x, y, weight=weight)
+
+
 def product(x, y):
     """The Hessian times the logits."""
     return jax.jvp(lambda x: jax.grad(loss)(x, y), (x,), (x,))[1]
@@ -113,6 +118,8 @@ PROGRAMS = {
     "implementation=None": Program(value_and_grad(jax_bce.loss)),
     "implementation=None, 8 GPUs": Program(value_and_grad(jax_bce.loss), "1x1x8"),
     "implementation=None, 2 hosts of 8 GPUs": Program(value_and_grad(jax_bce.loss), "2x1x8"),
+    "implementation=None, weight per class": Program(value_and_grad(weighted)),
+    "implementation=None, weight per class, 8 GPUs": Program(value_and_grad(weighted), "1x1x8"),
     "implementation=None, axis=0": Program(value_and_grad(of_columns)),
     'implementation="cuda", axis=0': Program(
         value_and_grad(partial(of_columns, implementation="cuda"))

@@ -198,6 +198,18 @@ def test_unasked_it_is_the_kernel(
 
 
 @both_types
+def test_unasked_it_is_the_kernel_with_a_weight(
+    compiled: Callable[..., Compiled], types: tuple[str, str]
+) -> None:
+    """No weight is broadcast. On several GPUs it would be, so there XLA does it on the way."""
+    program = compiled("implementation=None, weight per class", *types)
+    assert program.kernels.count(BOTH) == 1
+    assert program.bytes_per_element < sum(TYPES[types]) + 0.1
+    of_several = compiled("implementation=None, weight per class, 8 GPUs", *types)
+    assert BOTH not in of_several.kernels
+
+
+@both_types
 def test_the_kernel_would_copy_transposed_operands(
     compiled: Callable[..., Compiled], types: tuple[str, str]
 ) -> None:
@@ -226,6 +238,7 @@ def test_model_of_both(require: Callable[[str], None]) -> None:
     for what in ("gpu-compiler", "cuobjdump", "nvcc"):
         require(what)
     cases = ["mean, bfloat16 and uint8", "mean of 2^16", "rows, 1,000,000 x 10"]
+    cases += ["weight (C,)", "weight and pos_weight (C,), sample_weight (B,)"]
     script = Path(__file__).with_name("gpu_model.py")
     command = [sys.executable, script, "--gpus", "H200", "--cases", *cases]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)

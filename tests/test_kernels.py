@@ -4,6 +4,7 @@ No GPU is needed. The known-answer test runs on the host (known_answer/), with k
 and with faulty ones. The rest has a module that says what a machine would.
 """
 
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import mpmath
+import numpy as np
 import pytest
 
 import jax_bce
@@ -29,7 +31,22 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
 FLAGS += ["-include", str(GUARD / "cuda_runtime.h"), "-I", str(HERE / "cuda_kernel" / "on_host")]
 
 # A coefficient of exp and one of artanh in float32, wrong from the 12th bit on.
-CONSTANTS = [("0x1.555556p-3f", "0x1.556556p-3f"), ("0x1.555556p-2f", "0x1.556556p-2f")]
+# Of the formulas, and of one loop each.
+FAULTS = [
+    ("bce_math.h", "0x1.555556p-3f", "0x1.556556p-3f"),
+    ("bce_math.h", "0x1.555556p-2f", "0x1.556556p-2f"),
+    ("bce_cuda_loop.cuh", "rest_ * turns[c] * rounded", "rest_ * turns[c] * turns[c] * rounded"),
+    ("bce_cuda_loop.cuh", "L::fma(2, narrow[c].half_log1p", "L::fma(3, narrow[c].half_log1p"),
+    (
+        "bce_cuda_loop.cuh",
+        "loss_from<L, true>(x[c], coefficients[c], log1p_of",
+        "loss_from<L, true>(-2 * x[c], coefficients[c], log1p_of",
+    ),
+    ("bce_cuda_loop.cuh", ": product_of<L>(losses[c], weight[c].high)", ": losses[c]"),
+    ("bce_cuda_loop.cuh", ": Pair<Scalar>{own, 0}", ": Pair<Scalar>{1, 0}"),
+    ("bce_cuda_loop.cuh", "with(Exactly<kWeights>())", "with(Exactly<kOneWeight>())"),
+    ("bce_cuda_loop.cuh", "nonzero_bytes(where_[q])", "nonzero_bytes(where_[q] | 1)"),
+]
 
 
 def compile_with_gcc(target: Path, *arguments: object) -> Path:
@@ -96,7 +113,7 @@ def test_nothing_runs_without_a_device_in_use(parts: tuple, healthy: Path) -> No
     ("fault", "words"),
     [
         ("tail", "gradient 16420 is .*1 x 16421"),
-        ("short tail", "gradient 16420 is .*1 x 16421"),
+        ("short tail", "gradient 2499 is .*1 x 2500"),
         ("swapped labels", "gradient 0 is -1, not 1 .float32 logits, uint8 labels"),
         ("beside", "something beside the results was written"),
         ("changing", "a second call gives other results"),
@@ -114,17 +131,21 @@ def test_faults_are_found(parts: tuple, healthy: Path, fault: str, words: str) -
 
 @pytest.mark.any_jax
 @pytest.mark.thorough
-@pytest.mark.parametrize(("right", "wrong"), CONSTANTS)
-def test_a_wrong_constant_is_found(parts: tuple, tmp_path: Path, right: str, wrong: str) -> None:
+@pytest.mark.parametrize(("file", "right", "wrong"), FAULTS)
+def test_a_fault_in_the_source_is_found(
+    parts: tuple, tmp_path: Path, file: str, right: str, wrong: str
+) -> None:
     test, driver, _ = parts
     sources = shutil.copytree(SOURCES, tmp_path / "csrc")
-    formulas = (sources / "bce_math.h").read_text()
-    assert right in formulas
-    (sources / "bce_math.h").write_text(formulas.replace(right, wrong))
+    source = (sources / file).read_text()
+    assert right in source
+    (sources / file).write_text(source.replace(right, wrong))
     kernel = kernel_object(tmp_path, sources)
     program = compile_with_gcc(tmp_path / "program", test, kernel, "-ldl")
     _, failure = guard(program, driver)
-    assert re.match(r"GPU 0: (sum|gradient|loss) \d+ is .*float32 logits", failure), failure
+    assert re.match(r"GPU 0: (sum|gradient|loss) \d+ is .*(float32|float16) logits", failure), (
+        failure
+    )
 
 
 @pytest.mark.any_jax
@@ -149,7 +170,7 @@ def module(**states: object) -> SimpleNamespace:
         "xla_ffi_api_version": (0, 1),
         "runtime_version": 13000,
         "machine_code": [90],
-        "ptx": [90],
+        "ptx": [80],
         "group": 1024,
         "driver_version": lambda: 13000,
         "compute_capabilities": lambda: [90],
@@ -213,12 +234,19 @@ def calls(dtype: object = jnp.float32, **keywords: object) -> list[str]:
         (jnp.float32, {"axis": 0}, []),
         (jnp.float32, {"axis": (0, 1)}, ["loss_and_grad"]),
         (jnp.float32, {"normalizer": 2.0, "label_smoothing": 0.1}, ["loss_and_grad"]),
-        (jnp.float32, {"weight": 2.0}, []),
+        (jnp.float32, {"weight": 2.0}, ["loss_and_grad"]),
+        (jnp.float32, {"pos_weight": np.ones(40, np.float32)}, []),
+        (jnp.float32, {"weight": np.ones((16, 40), np.float32)}, ["loss_and_grad"]),
+        (jnp.float32, {"sample_weight": np.ones(16, np.float32)}, ["loss_and_grad"]),
+        (jnp.float32, {"weight": np.ones((16, 40), np.int8)}, []),
+        (jnp.float32, {"weight": np.ones(40, np.float32), "pos_weight": 2.0}, []),
         (jnp.float32, {"axis": -1, "normalizer": jnp.ones(16)}, []),
         (jnp.float32, {"reduction": "none"}, []),
         (jnp.float32, {"residuals": "recompute"}, ["loss"]),
-        (jnp.float32, {"ignore_label": 0, "reduction": "sum"}, []),
-        (jnp.float32, {"ignore_label": 0}, []),
+        (jnp.float32, {"ignore_label": 0, "reduction": "sum"}, ["loss_and_grad"]),
+        (jnp.float32, {"ignore_label": 0}, ["loss_and_grad"]),
+        (jnp.float32, {"where": np.ones((16, 1), bool)}, ["loss_and_grad"]),
+        (jnp.float32, {"where": np.ones((16, 40), bool), "axis": -1}, []),
     ],
     ids=str,
 )
@@ -227,6 +255,47 @@ def test_the_table(machine: Callable, dtype: object, keywords: dict, expected: l
     named = calls(dtype, implementation="cuda", **keywords)
     assert set(named) >= set(expected)
     assert named
+
+
+@pytest.mark.parametrize(
+    ("shape", "reduced", "modifiers", "reason"),
+    [
+        ((6, 5, 8), 3, {"weight": (8,)}, None),
+        ((6, 5, 8), 3, {"weight": (5, 8)}, None),
+        ((6, 5, 8), 3, {"weight": (6, 1, 1)}, None),
+        ((6, 5, 8), 3, {"weight": (6, 5, 8)}, None),
+        ((6, 5, 8), 3, {"weight": (1, 5, 1)}, "the shape of weight"),
+        ((6, 5, 10), 3, {"weight": (10,)}, "no multiple of four"),
+        ((6, 5, 10), 3, {"weight": (6, 1, 1)}, "no multiple of four"),
+        ((6, 5, 10), 3, {"weight": (6, 5, 10)}, None),
+        ((6, 1025), 1, {"weight": ()}, "no multiple of four"),
+        ((6, 1025), 2, {"weight": ()}, None),
+        ((6, 1023), 1, {"weight": ()}, None),
+        ((6, 1028), 1, {"where": (1028,)}, None),
+        ((6, 8), 2, {"weight": (8,), "pos_weight": (8,), "sample_weight": (6, 1)}, None),
+        ((6, 8), 2, {"weight": (8,), "pos_weight": (8,), "sample_weight": (8,)}, "the shape"),
+        ((6, 5, 8), 3, {"weight": (8,), "pos_weight": (8,), "sample_weight": (6, 1, 1)}, "four"),
+        ((6, 8), 2, {"where": (6, 8), "ignore_label": ()}, "several"),
+        ((6, 8), 2, {"pos_weight": (8,)}, None),
+    ],
+    ids=str,
+)
+def test_which_weights_are_the_kernels(
+    shape: tuple, reduced: int, modifiers: dict, reason: str | None
+) -> None:
+    dtypes = {"where": bool, "ignore_label": np.int32}
+    of_each = {
+        name: jax.ShapeDtypeStruct(own, dtypes.get(name, np.float32))
+        for name, own in modifiers.items()
+    }
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.float32, np.int32)]
+    found = _kernels.why_xla_with_modifiers(*operands, of_each, reduced)
+    assert (found is None) == (reason is None)
+    assert (reason or "") in (found or "")
+    if found is None:
+        of_several = _kernels.why_xla_with_modifiers(*operands, of_each, reduced, devices=8)
+        as_they_are = all(math.prod(own) in (1, math.prod(shape)) for own in modifiers.values())
+        assert (of_several is None) == as_they_are
 
 
 def test_float64_is_xla(machine: Callable) -> None:

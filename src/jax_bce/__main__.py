@@ -12,16 +12,26 @@ from jax_bce import _cpu, _kernels
 from jax_bce._check import is_on
 from jax_bce._kernels import ffi_version_of_jaxlib, missing
 
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def _with(*names: str) -> str | None:
+    """Why a call with those weights, a number for each of 80 classes, is XLA's; None: it is not."""
+    logits, weight = np.zeros((100, 80), _F32), np.zeros(80, _F32)
+    return _kernels.why_xla_with_modifiers(logits, logits, dict.fromkeys(names, weight), 2)
+
+
 # Calls that `implementation=None` may treat differently, as arguments of `why_xla_on_gpu`.
 _CASES: dict[str, Any] = {
-    "sums and means, with their gradient": ("loss_and_grad", 1, np.dtype(np.float32)),
-    "the same over axes that are not the last": ("loss_and_grad", 1, np.dtype(np.float32), True),
-    "the same with weights or masks": ("loss_and_grad", 1, np.dtype(np.float32), False, True),
-    "the same of float64 logits": ("loss_and_grad", 1, np.dtype(np.float64)),
-    "focal and asymmetric losses": ("loss_and_grad", 1, np.dtype(np.float32), False, True, True),
-    'reduction="none"': ("loss", 0, np.dtype(np.float32)),
-    'the gradient of residuals="recompute"': ("grad", 1, np.dtype(np.float32)),
-    "denominators of weights or masks": ("total", 1, np.dtype(np.float32)),
+    "sums and means, with their gradient": ("loss_and_grad", 1, _F32),
+    "the same over axes that are not the last": ("loss_and_grad", 1, _F32, True),
+    "the same with a weight or a mask": ("loss_and_grad", 1, _F32, False, _with("weight")),
+    "the same with several": ("loss_and_grad", 1, _F32, False, _with("weight", "where")),
+    "the same of float64 logits": ("loss_and_grad", 1, _F64),
+    "focal and asymmetric losses": ("loss_and_grad", 1, _F32, False, None, True),
+    'reduction="none"': ("loss", 0, _F32),
+    'the gradient of residuals="recompute"': ("grad", 1, _F32),
+    "denominators of weights or masks": ("total", 1, _F32),
 }
 
 

@@ -13,14 +13,16 @@ XLA takes over only in a program of one process.
 
 import functools
 import importlib
+import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -186,20 +188,79 @@ def pinned() -> str | None:
     return value
 
 
+def why_xla_with_modifiers(
+    logits: Any, labels: Any, modifiers: Mapping[str, Any], reduced_rank: int, devices: int = 1
+) -> str | None:
+    """Why weights, masks and denominators make a call on an NVIDIA GPU XLA's; None: they do not.
+
+    All have shapes and dtypes; `devices` is the number among which jit shards them. The kernel is
+    fast where it reads four elements of each at once: of a number for each element, or for each
+    column or row of one matrix, whose rows begin at multiples of four (`plan_for` in
+    csrc/bce_cuda.cu). For one of them, and for a weight with pos_weight and sample_weight, it takes
+    no longer than XLA by the model of tests/gpu_model.py; with soft labels, 3% longer on an H200.
+    """
+    if any(each.size != 1 for name, each in modifiers.items() if name.startswith("divisor")):
+        return "a denominator per row: XLA sums weights while it makes them"
+    names = {name for name in modifiers if not name.startswith("divisor")}
+    if len(names) > 1 and names != {"weight", "pos_weight", "sample_weight"}:
+        return "several weights or masks: XLA takes fewer instructions"
+    if "pos_weight" in names and jnp.issubdtype(labels.dtype, jnp.floating):
+        return "pos_weight, and labels that may be soft: XLA takes fewer instructions for those"
+    row_lengths = set()
+    for name in names:
+        of_name = modifiers[name]
+        usual = {"where": np.dtype(bool), "ignore_label": labels.dtype}.get(name, np.float32)
+        if of_name.dtype != usual or labels.dtype.itemsize == 8:
+            return f"{name}, or its labels, of an unusual dtype: XLA converts them on the way"
+        kept, length = _rows(logits.shape, of_name.shape)
+        # Beside other weights, that of an example is one for each row.
+        as_usual = kept == [True, False] or name != "sample_weight" or len(names) == 1
+        if len(kept) > 2 or not as_usual or (name == "ignore_label" and True in kept):
+            return f"the shape of {name}: XLA broadcasts it on the way"
+        if len(kept) == 2:
+            row_lengths.add(length)
+        if len(kept) == 2 and devices > 1:  # _call.py hands each device a number for each element
+            return f"{name} by column or row on several devices: XLA broadcasts it on the way"
+    columns = math.prod(logits.shape[logits.ndim - reduced_rank :])
+    if columns > _TILED and columns != logits.size:
+        row_lengths.add(columns)
+    if len(row_lengths) > 1 or any(length % 4 for length in row_lengths):
+        return "weights or masks, and rows of no multiple of four elements"
+    return None
+
+
+# Rows of up to so many elements are evaluated in tiles, which begin at multiples of four.
+_TILED = 1024
+
+
+def _rows(shape: Sequence[int], own: Sequence[int]) -> tuple[list[bool], int]:
+    """How an array is broadcast to a shape: which dimensions it has, merged, and the last size."""
+    kept: list[bool] = []
+    length = 1
+    for size, own_size in zip(shape, (1,) * (len(shape) - len(own)) + tuple(own), strict=True):
+        if size == 1:
+            continue
+        if not kept or kept[-1] != (own_size != 1):
+            kept.append(own_size != 1)
+            length = 1
+        length *= size
+    return kept, length
+
+
 def why_xla_on_gpu(
     kind: str,
     reduced_rank: int,
     dtype: np.dtype,
     transposed: bool = False,
-    weighted: bool = False,
+    modifiers: str | None = None,
     focal: bool = False,
 ) -> str | None:
     """The table: why `implementation=None` is XLA for a call on an NVIDIA GPU; None: the kernel.
 
     The kernel's advantage is that it reads logits and labels once, for loss and gradient, and sums
     in the same pass. `kind` is the primitive's, and so is `transposed`; dtype is the logits'.
-    `weighted` is whether elements have weights, masks or denominators of their own, and `focal`
-    whether the loss is focal or asymmetric.
+    `modifiers` is what `why_xla_with_modifiers` says, and `focal` whether the loss is focal or
+    asymmetric.
     """
     if kind == "total":
         return "a denominator: XLA sums weights while it makes them"
@@ -212,10 +273,7 @@ def why_xla_on_gpu(
         return "float64: the time goes to arithmetic, which is the same"
     if focal:
         return "a focal loss: the time of the kernel is not compared with that of XLA"
-    if weighted:
-        # The model is for the kernel with hard labels and one modifier, but a call tells neither.
-        return "weights or masks: several, or soft labels, take XLA fewer instructions"
-    return None
+    return modifiers
 
 
 def runs(
@@ -225,7 +283,7 @@ def runs(
     reduced_rank: int,
     dtype: np.dtype,
     transposed: bool,
-    weighted: bool,
+    modifiers: str | None,
     focal: bool,
 ) -> bool:
     """Whether the kernel of a platform, rather than XLA, evaluates a call that it can evaluate.
@@ -239,7 +297,7 @@ def runs(
     wanted = implementation or pinned()
     if wanted == "xla":
         return False
-    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed, weighted, focal):
+    if wanted is None and why_xla_on_gpu(kind, reduced_rank, dtype, transposed, modifiers, focal):
         return False
     reason = _why_not_installed("cuda")
     if reason and wanted is None:

@@ -92,8 +92,8 @@ def loss(
         together with the loss in one pass over memory. "recompute" stores only the operands; the
         backward pass reads them again, and only a single reverse-mode derivative is supported.
       implementation: None selects the SIMD kernel on a CPU, which is the fastest by measurement; on
-        an NVIDIA GPU, the CUDA kernel for sums and means over all axes or the last ones, without
-        weights or masks, unless logits are float64 (its speed has not been measured); and XLA for
+        an NVIDIA GPU, the CUDA kernel for sums and means over all axes or the last ones, also with
+        a weight or a mask, unless logits are float64 (its speed has not been measured); and XLA for
         everything else, as ``python -m jax_bce`` lists. The environment variable JAX_BCE_GPU, xla
         or cuda, pins the choice on GPUs. "cpu" is the SIMD kernel, "cuda" the GPU kernel, and "xla"
         plain JAX, which is also what ``jax.export`` stores unless a kernel is named. Like

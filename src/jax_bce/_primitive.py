@@ -37,7 +37,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_bce import _kernels
-from jax_bce._call import DIVISOR, ffi_call, why_no_call
+from jax_bce._call import DIVISOR, devices_of, ffi_call, why_no_call
 from jax_bce._reference import reference
 
 bce_p = Primitive("jax_bce")
@@ -241,15 +241,20 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 f"implementation={implementation!r} is compiled for {where}, where that kernel "
                 "cannot run: use implementation=None."
             )
-        shared = [size for aval in avals[4:] for size in aval.shape]
-        weighted = any(size != 1 for size in shared) or not {*call["modifiers"]} <= {*DIVISOR}
+        why_modifiers = None
+        for_export = context.module_context.lowering_parameters.for_export
+        if platform == "cuda" and implementation is None and not for_export:
+            modifiers = dict(zip(params["modifiers"], avals[4:], strict=True))
+            why_modifiers = _kernels.why_xla_with_modifiers(
+                avals[0], avals[1], modifiers, params["reduced_rank"], devices_of(context)
+            )
         use_xla = (
             platform is None
             or where is not None
             # Nothing to compute, and nothing to shard.
             or any(size == 0 for aval in avals for size in aval.shape)
             # An exported program may run without this package.
-            or (implementation is None and context.module_context.lowering_parameters.for_export)
+            or (implementation is None and for_export)
             or not _kernels.runs(
                 platform,
                 implementation,
@@ -257,7 +262,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
                 params["reduced_rank"],
                 avals[0].dtype,
                 transposed,
-                weighted,
+                why_modifiers,
                 "gamma" in params["modifiers"],
             )
         )
