@@ -197,7 +197,7 @@ class Loop {
   static constexpr int kQuads = sizeof(Logit) == 8                          ? 1
                                 : kNarrow && std::is_same_v<Label, uint8_t> ? 4
                                                                             : 2;
-  static constexpr int kStep = 32 * kQuads, kLast = kStep - 32 + kQuad;
+  static constexpr int kStep = 32 * kQuads;
   // Of labels in common turns. Those of bytes have kernels of their own where there are no
   // modifiers.
   static constexpr int kWidths = sizeof(Logit) == 8 ? 15 : kModified ? 7 : 14;
@@ -224,8 +224,6 @@ class Loop {
   __device__ bool with_loss() const { return plan_.loss.data; }
   __device__ bool with_gradient() const { return plan_.gradient.data; }
   __device__ bool given(ModifierName name) const { return plan_.modifier(name).data; }
-  // Whether a turn has all of its elements.
-  __device__ bool is_full() const { return left_ >= kLast; }
   __device__ static bool any_of_warp(bool value) { return __any_sync(0xffffffff, value); }
 
   __device__ void advance(int elements) {
@@ -1223,8 +1221,8 @@ class Loop {
   Labels labels_[kQuads];
   // Of the matrix with plan_.inner columns: the row in which the group begins, and the turn's
   // distance from that row's begin.
-  int64_t row_;
-  uint32_t column_;
+  int64_t row_ = 0;
+  uint32_t column_ = 0;
   // The ignored label as it is stored, if it is an integer, and as a number.
   uint32_t ignored_;
   Scalar ignored_number_ = Format<Scalar>::kInfinity - Format<Scalar>::kInfinity;

@@ -249,6 +249,9 @@ CASES = {
     "weight (C,), soft labels": Case(
         "float32, a weight per class, soft labels", (*pair(*LARGE), (LARGE[1:], F32)), ("weight",)
     ),
+    "weight (C,), bfloat16 and uint8": Case(
+        "bfloat16, uint8, a weight per class", (*SMALL, (LARGE[1:], F32)), ("weight",)
+    ),
     "pos_weight (C,)": Case(
         "float32, pos_weight per class", (*pair(*LARGE), (LARGE[1:], F32)), ("pos_weight",)
     ),

@@ -4,7 +4,6 @@ No GPU is needed. The known-answer test runs on the host (known_answer/), with k
 and with faulty ones. The rest has a module that says what a machine would.
 """
 
-import math
 import os
 import re
 import shutil
@@ -243,6 +242,8 @@ def calls(dtype: object = jnp.float32, **keywords: object) -> list[str]:
         (jnp.float32, {"axis": -1, "normalizer": jnp.ones(16)}, []),
         (jnp.float32, {"reduction": "none"}, []),
         (jnp.float32, {"residuals": "recompute"}, ["loss"]),
+        (jnp.bfloat16, {"weight": 2.0}, ["loss_and_grad"]),
+        (jnp.float16, {"weight": 2.0}, []),  # the gradient is float32
         (jnp.float32, {"ignore_label": 0, "reduction": "sum"}, ["loss_and_grad"]),
         (jnp.float32, {"ignore_label": 0}, ["loss_and_grad"]),
         (jnp.float32, {"where": np.ones((16, 1), bool)}, ["loss_and_grad"]),
@@ -264,7 +265,7 @@ def test_the_table(machine: Callable, dtype: object, keywords: dict, expected: l
         ((6, 5, 8), 3, {"weight": (5, 8)}, None),
         ((6, 5, 8), 3, {"weight": (6, 1, 1)}, None),
         ((6, 5, 8), 3, {"weight": (6, 5, 8)}, None),
-        ((6, 5, 8), 3, {"weight": (1, 5, 1)}, "the shape of weight"),
+        ((6, 5, 8), 3, {"weight": (1, 5, 1)}, "the shapes of weight"),
         ((6, 5, 10), 3, {"weight": (10,)}, "no multiple of four"),
         ((6, 5, 10), 3, {"weight": (6, 1, 1)}, "no multiple of four"),
         ((6, 5, 10), 3, {"weight": (6, 5, 10)}, None),
@@ -272,11 +273,12 @@ def test_the_table(machine: Callable, dtype: object, keywords: dict, expected: l
         ((6, 1025), 2, {"weight": ()}, None),
         ((6, 1023), 1, {"weight": ()}, None),
         ((6, 1028), 1, {"where": (1028,)}, None),
-        ((6, 8), 2, {"weight": (8,), "pos_weight": (8,), "sample_weight": (6, 1)}, None),
-        ((6, 8), 2, {"weight": (8,), "pos_weight": (8,), "sample_weight": (8,)}, "the shape"),
-        ((6, 5, 8), 3, {"weight": (8,), "pos_weight": (8,), "sample_weight": (6, 1, 1)}, "four"),
+        ((6, 8), 2, {"weight": (8,), "sample_weight": (6, 1)}, "several"),
         ((6, 8), 2, {"where": (6, 8), "ignore_label": ()}, "several"),
-        ((6, 8), 2, {"pos_weight": (8,)}, None),
+        ((6, 8), 2, {"pos_weight": (8,)}, "pos_weight"),
+        ((6, 8), 2, {"ignore_label": ()}, None),
+        ((6, 1024), 1, {"divisor": (6, 1)}, "a denominator per row"),
+        ((), 0, {"weight": ()}, None),
     ],
     ids=str,
 )
@@ -288,14 +290,31 @@ def test_which_weights_are_the_kernels(
         name: jax.ShapeDtypeStruct(own, dtypes.get(name, np.float32))
         for name, own in modifiers.items()
     }
-    operands = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.float32, np.int32)]
-    found = _kernels.why_xla_with_modifiers(*operands, of_each, reduced)
+    operands = of_shape(shape)
+    found = _kernels.why_xla_with_modifiers(operands, of_each, np.float32, reduced)
     assert (found is None) == (reason is None)
     assert (reason or "") in (found or "")
-    if found is None:
-        of_several = _kernels.why_xla_with_modifiers(*operands, of_each, reduced, devices=8)
-        as_they_are = all(math.prod(own) in (1, math.prod(shape)) for own in modifiers.values())
-        assert (of_several is None) == as_they_are
+    assert _kernels.why_xla_with_modifiers(operands, of_each, np.float32, reduced, devices=2)
+    assert _kernels.why_xla_with_modifiers(operands, of_each, None, reduced)
+    assert _kernels.why_xla_with_modifiers(operands, of_each, np.float16, reduced)
+
+
+def of_shape(shape: tuple, **others: tuple) -> list[jax.ShapeDtypeStruct]:
+    """Logits, labels, scale and smoothing."""
+    shapes = {"logits": shape, "labels": shape, "scale": (), "smoothing": ()} | others
+    dtypes = {"labels": np.int32}
+    return [jax.ShapeDtypeStruct(s, dtypes.get(n, np.float32)) for n, s in shapes.items()]
+
+
+@pytest.mark.parametrize("name", ["logits", "labels", "scale", "smoothing"])
+def test_weights_of_operands_that_are_broadcast_are_xlas(name: str) -> None:
+    """The kernel reads these an element at a time."""
+    weight = {"weight": jax.ShapeDtypeStruct((8, 1, 12), np.float32)}
+    operands = of_shape((8, 6, 12), **{name: (1 if name in ("logits", "labels") else 8, 6, 12)})
+    assert _kernels.why_xla_with_modifiers(of_shape((8, 6, 12)), {}, np.float32, 2) is None
+    found = _kernels.why_xla_with_modifiers(operands, weight, np.float32, 2)
+    assert found
+    assert "the shapes of weight" in found
 
 
 def test_float64_is_xla(machine: Callable) -> None:

@@ -17,8 +17,9 @@ _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 def _with(*names: str) -> str | None:
     """Why a call with those weights, a number for each of 80 classes, is XLA's; None: it is not."""
-    logits, weight = np.zeros((100, 80), _F32), np.zeros(80, _F32)
-    return _kernels.why_xla_with_modifiers(logits, logits, dict.fromkeys(names, weight), 2)
+    logits, one, weight = (np.zeros(shape, _F32) for shape in ((100, 80), (), (80,)))
+    operands, modifiers = (logits, logits, one, one), dict.fromkeys(names, weight)
+    return _kernels.why_xla_with_modifiers(operands, modifiers, _F32, 2)
 
 
 # Calls that `implementation=None` may treat differently, as arguments of `why_xla_on_gpu`.

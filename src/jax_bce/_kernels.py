@@ -189,43 +189,50 @@ def pinned() -> str | None:
 
 
 def why_xla_with_modifiers(
-    logits: Any, labels: Any, modifiers: Mapping[str, Any], reduced_rank: int, devices: int = 1
+    operands: Sequence[Any],
+    modifiers: Mapping[str, Any],
+    gradient: np.dtype | None,
+    reduced_rank: int,
+    devices: int = 1,
 ) -> str | None:
     """Why weights, masks and denominators make a call on an NVIDIA GPU XLA's; None: they do not.
 
-    All have shapes and dtypes; `devices` is the number among which jit shards them. The kernel is
-    fast where it reads four elements of each at once: of a number for each element, or for each
-    column or row of one matrix, whose rows begin at multiples of four (`plan_for` in
-    csrc/bce_cuda.cu). For one of them, and for a weight with pos_weight and sample_weight, it takes
-    no longer than XLA by the model of tests/gpu_model.py; with soft labels, 3% longer on an H200.
+    Operands (logits, labels, scale and smoothing) and modifiers have shapes and dtypes. `gradient`
+    is the gradient's dtype, if there is one, and `devices` the number among which jit shards all.
+    The kernel is fast where it reads four elements of each at once: of a number for each element,
+    or for each column or row of one matrix, whose rows begin at multiples of four (`plan_for` in
+    csrc/bce_cuda.cu). With one weight or mask, it then takes no longer than XLA by the model of
+    tests/gpu_model.py; with a weight and soft or smoothed labels, 3% longer on an H200.
     """
     if any(each.size != 1 for name, each in modifiers.items() if name.startswith("divisor")):
         return "a denominator per row: XLA sums weights while it makes them"
     names = {name for name in modifiers if not name.startswith("divisor")}
-    if len(names) > 1 and names != {"weight", "pos_weight", "sample_weight"}:
-        return "several weights or masks: XLA takes fewer instructions"
-    if "pos_weight" in names and jnp.issubdtype(labels.dtype, jnp.floating):
-        return "pos_weight, and labels that may be soft: XLA takes fewer instructions for those"
-    row_lengths = set()
-    for name in names:
-        of_name = modifiers[name]
-        usual = {"where": np.dtype(bool), "ignore_label": labels.dtype}.get(name, np.float32)
-        if of_name.dtype != usual or labels.dtype.itemsize == 8:
-            return f"{name}, or its labels, of an unusual dtype: XLA converts them on the way"
-        kept, length = _rows(logits.shape, of_name.shape)
-        # Beside other weights, that of an example is one for each row.
-        as_usual = kept == [True, False] or name != "sample_weight" or len(names) == 1
-        if len(kept) > 2 or not as_usual or (name == "ignore_label" and True in kept):
-            return f"the shape of {name}: XLA broadcasts it on the way"
-        if len(kept) == 2:
-            row_lengths.add(length)
-        if len(kept) == 2 and devices > 1:  # _call.py hands each device a number for each element
-            return f"{name} by column or row on several devices: XLA broadcasts it on the way"
-    columns = math.prod(logits.shape[logits.ndim - reduced_rank :])
-    if columns > _TILED and columns != logits.size:
-        row_lengths.add(columns)
-    if len(row_lengths) > 1 or any(length % 4 for length in row_lengths):
-        return "weights or masks, and rows of no multiple of four elements"
+    if not names:
+        return None
+    if len(names) > 1:
+        return "several weights or masks: with soft labels, XLA takes fewer instructions"
+    logits, labels, *factors = operands
+    (name,) = names
+    modifier = modifiers[name]
+    if name == "pos_weight":
+        return "pos_weight: with soft or smoothed labels, XLA takes fewer instructions"
+    if gradient != logits.dtype:
+        return "a weight or mask, and no gradient or one of another dtype: XLA scales it on the way"
+    if devices > 1:  # _call.py hands each of them a number for each element
+        return "a weight or mask on several devices: XLA broadcasts it on the way"
+    usual = {"where": np.dtype(bool), "ignore_label": labels.dtype}.get(name, np.float32)
+    if modifier.dtype != usual or labels.dtype.itemsize == 8:
+        return f"{name}, or its labels, of an unusual dtype: XLA converts them on the way"
+    shape = jnp.broadcast_shapes(*(each.shape for each in (*operands, modifier)))
+    alike = logits.shape == shape and (labels.shape == shape or labels.size == 1)
+    kept, length = _rows(shape, modifier.shape)
+    shapes = len(kept) <= 2 and not (name == "ignore_label" and True in kept)
+    if not alike or not shapes or any(each.size != 1 for each in factors):
+        return f"the shapes of {name} and others: XLA broadcasts them on the way"
+    columns = math.prod(shape[len(shape) - reduced_rank :])
+    whole = columns <= _TILED or columns == logits.size or columns % 4 == 0
+    if not whole or (len(kept) == 2 and length % 4):
+        return "a weight or mask, and rows of no multiple of four elements"
     return None
 
 

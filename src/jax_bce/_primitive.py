@@ -245,8 +245,9 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
         for_export = context.module_context.lowering_parameters.for_export
         if platform == "cuda" and implementation is None and not for_export:
             modifiers = dict(zip(params["modifiers"], avals[4:], strict=True))
+            gradient = params["gradient_dtype"] if params["kind"] == "loss_and_grad" else None
             why_modifiers = _kernels.why_xla_with_modifiers(
-                avals[0], avals[1], modifiers, params["reduced_rank"], devices_of(context)
+                avals[:4], modifiers, gradient, params["reduced_rank"], devices_of(context)
             )
         use_xla = (
             platform is None
