@@ -11,7 +11,8 @@
 // A focal loss has no such loop.
 //
 // Where another turn comes, the loop ends, the turn is evaluated an element at a time, which takes
-// several times as long, and the loop begins again behind it.
+// several times as long, and the loop begins again behind it. Only padding, logits far from 0, is
+// evaluated as fast as common ones, of float32.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
@@ -191,6 +192,8 @@ class Loop {
   // Whether some of what is the same in each turn is decided by branches, in fewer loops: the more
   // types a loop has, the longer it takes to compile.
   static constexpr bool kFewLoops = kAny || sizeof(Logit) == 8;
+  // float32 logits, which may be padded with numbers far from 0.
+  static constexpr bool kPads = std::is_same_v<Logit, float> && !kFewLoops && !kModified;
   // 16-bit logits without modifiers: of four, labels turn two words, and the formulas are shorter.
   static constexpr bool kNarrow = sizeof(Logit) == 2 && !kModified;
   // Quads evaluated together while as many more are loaded.
@@ -647,11 +650,14 @@ class Loop {
     }
   }
 
-  template <bool kDirect, bool kGradient>
+  template <bool kDirect, bool kGradient, bool kFar = false>
   __device__ void evaluate_turned(int at, const Scalar* z, const Scalar* turns) {
     Exponential<L> exponential[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, true>(z[c]);
+    for (int c = 0; c < kQuad; ++c) {
+      exponential[c] = exp_of<L, true>(kFar && is_far(z[c]) ? 0 : z[c]);
+      if (kFar && is_far(z[c])) exponential[c].e = exponential[c].e_low = 0;
+    }
     Pair<Scalar> losses[kQuad];
     BCE_UNROLL
     for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
@@ -664,9 +670,11 @@ class Loop {
     if (kGradient && (kDirect || with_gradient())) {
       Scalar values[kQuad];
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c)
-        values[c] =
-            rest_ * turns[c] * rounded_once(turned_gradient_of<L>(z[c], exponential[c]), type());
+      for (int c = 0; c < kQuad; ++c) {
+        Pair<Scalar> gradient = turned_gradient_of<L>(z[c], exponential[c]);
+        if (kFar && z[c] <= -Format<Scalar>::kUnderflow) gradient = {Scalar(-0.0), Scalar(-0.0)};
+        values[c] = rest_ * turns[c] * rounded_once(gradient, type());
+      }
       put<kDirect>(plan_.gradient, at, rounded(values));
     }
   }
@@ -988,8 +996,37 @@ class Loop {
     }
   }
 
+  // A turn whose logits are common, or so far from 0 that exp(-|x|) is 0, as those of padding; but
+  // for infinite losses.
+  __device__ static bool is_far(Scalar z) { return L::magnitude(z) >= Format<Scalar>::kUnderflow; }
+  __device__ bool far_turn() {
+    const bool usual = usual_ && plan_.direct && with_gradient() && smoothing_ == 0;
+    if (!usual || any_of_warp(left_ < kStep - 32 + kQuad)) return false;
+    point();
+    fetch(0, true);
+    Turn<false> turn;
+    read_turned(&turn);
+    bool far = turn.soft == 0;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      BCE_UNROLL
+      for (int c = 0; c < kQuad; ++c) {
+        const Scalar z = turn.x[q][c];
+        far &= (is_common(z) || is_far(z)) && z < Format<Scalar>::kInfinity;
+      }
+    }
+    if (any_of_warp(!far)) return false;
+    BCE_UNROLL
+    for (int q = 0; q < kQuads; ++q)
+      evaluate_turned<true, true, true>(32 * q, turn.x[q], turn.labels[q]);
+    advance(kStep);
+    return true;
+  }
+
   // A turn of any elements, one at a time, in the order in which lanes add them up.
   __device__ void any_turn() {
+    if constexpr (kPads)
+      if (far_turn()) return;
 #pragma unroll 1
     for (int i = 0; i < kQuads * kQuad; ++i) {
       const int at = i / kQuad * 32 + i % kQuad;

@@ -50,12 +50,15 @@ constexpr Row kTable[] = {
     {19.5, 19.500000003398267, 3.398267813720959e-09, 0.9999999966017322, 3.398267807946847e-09},
     {-25.0, 1.3887943864867583e-11, 25.000000000013888, 1.3887943864771146e-11, 0.9999999999861121},
     {43.5, 43.5, 1.282891823608785e-19, 1.0, 1.282891823608785e-19},
+    {120.0, 120.0, 7.667648073722e-53, 1.0, 7.667648073722e-53},
+    {-120.0, 7.667648073722e-53, 120.0, 7.667648073722e-53, 1.0},
     {-44.5, 4.719495271526123e-20, 44.5, 4.719495271526123e-20, 1.0},
     {80.0, 80.0, 1.8048513878454153e-35, 1.0, 1.8048513878454153e-35},
     {INFINITY, INFINITY, 0.0, 1.0, 0.0},  // the last two are in no sum
     {-INFINITY, 0.0, INFINITY, 0.0, 1.0},
 };
-constexpr int64_t kRows = std::size(kTable), kFinite = kRows - 2, kCommon = kFinite - 2;
+constexpr int64_t kRows = std::size(kTable), kFinite = kRows - 2, kPadded = kFinite - 2,
+                  kCommon = kPadded - 2;
 
 constexpr Type kF16 = Type::kF16, kBF16 = Type::kBF16, kF32 = Type::kF32, kF64 = Type::kF64;
 
@@ -173,9 +176,10 @@ class Call {
   };
 
   bool has(int modifier) const { return c.modifiers >> modifier & 1; }
-  // Three quarters of the turns of a loop have common logits only.
+  // Of the turns of a loop, half have common logits only, and a quarter those of padding, too.
   const Row& row(int64_t i) const {
-    return kTable[i % (i % 256 < 192 ? kCommon : c.reduce ? kFinite : kRows)];
+    const int64_t turn = i % 256 / 64, any = c.reduce ? kFinite : kRows;
+    return kTable[i % (turn < 2 ? kCommon : turn == 2 ? kPadded : any)];
   }
   bool smooth() const { return c.soft && c.labels == Type::kU8; }
   double label(int64_t i) const {

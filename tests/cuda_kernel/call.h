@@ -131,6 +131,7 @@ struct Case {
   bool common = false;  // no rare numbers, modifiers of the usual types, the same smoothing for all
   int softness = 0;     // of common ones: 1 for smoothed labels, 2 for soft ones, 3 for both
   bool huge = false;    // weights whose products overflow
+  bool padded = false;  // logits far from 0 among common ones
 };
 
 inline std::mt19937 random_bits(1);
@@ -185,8 +186,12 @@ struct Call {
   bool by_column(int name) const { return !is_one(name) && (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
-    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
-    for (int64_t i = 0; i < size; ++i) logits.set(i, any_logit());
+    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;      // 64, 4096 or 262144
+    const double far[] = {-1e9, 1e9, -INFINITY, 105, -105, 104.5};  // the last one is not
+    for (int64_t i = 0; i < size; ++i)
+      logits.set(i, c.padded && random_bits() % 50 == 0
+                        ? far[random_bits() % (random_bits() % 64 ? 5 : 6)]
+                        : any_logit());
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
     for (int64_t i = 0; i < smoothings_size; ++i)
