@@ -25,7 +25,7 @@ from jax_bce import _kernels
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
 GUARD = HERE / "known_answer"
-FLAGS = ["-O1", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
+FLAGS = ["-Og", "-std=c++20", "-pthread", "-march=x86-64-v3", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-include", str(GUARD / "cuda_runtime.h"), "-I", str(HERE / "cuda_kernel" / "on_host")]
 
