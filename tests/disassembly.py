@@ -325,6 +325,10 @@ LOOPS = {
         *("any but float64", "any", "modifiers or focal", 8),
         Turn({128: 6}, (128, 2), 16, 8, least={"FFMA": 232, "LDG.E.EF.128": 4}),
     ),
+    "float32, pos_weight per class, soft labels": (
+        *("any but float64", "any", "modifiers or focal", 8),
+        Turn({128: 6}, (128, 2), 16, 8, least={"FFMA": 320, "LDG.E.EF.128": 4}),
+    ),
     "bfloat16, uint8, a weight per class": (
         *("any but float64", "any", "modifiers or focal", 8),
         Turn({128: 2, 64: 2, 32: 2}, (64, 2), 16, 8, least={"FFMA": 224}),

@@ -118,6 +118,7 @@ BUDGETS = {
     "float32, where": 102,
     "float32, int32, ignore_label": 98,
     "float32, a weight per class, soft labels": 102,
+    "float32, pos_weight per class, soft labels": 182,
     "bfloat16, uint8, a weight per class": 100,
     "bfloat16, uint8": 29,
     "bfloat16, uint8, loss alone": 22,
