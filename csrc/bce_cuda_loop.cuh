@@ -11,8 +11,8 @@
 // A focal loss has no such loop.
 //
 // Where another turn comes, the loop ends, the turn is evaluated an element at a time, which takes
-// several times as long, and the loop begins again behind it. Only padding, logits far from 0, is
-// evaluated as fast as common ones, of float32.
+// several times as long, and the loop begins again behind it. Only those of float32 logits and hard
+// labels, whose logits may be padding, take little longer than common ones.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
@@ -650,17 +650,14 @@ class Loop {
     }
   }
 
-  template <bool kDirect, bool kGradient, bool kFar = false>
+  template <bool kDirect, bool kGradient, bool kCommon = true>
   __device__ void evaluate_turned(int at, const Scalar* z, const Scalar* turns) {
     Exponential<L> exponential[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) {
-      exponential[c] = exp_of<L, true>(kFar && is_far(z[c]) ? 0 : z[c]);
-      if (kFar && is_far(z[c])) exponential[c].e = exponential[c].e_low = 0;
-    }
+    for (int c = 0; c < kQuad; ++c) exponential[c] = exp_of<L, kCommon>(z[c]);
     Pair<Scalar> losses[kQuad];
     BCE_UNROLL
-    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L>(z[c], exponential[c]);
+    for (int c = 0; c < kQuad; ++c) losses[c] = turned_loss_of<L, kCommon>(z[c], exponential[c]);
     keep(at, losses, [&] {
       Scalar values[kQuad];
       BCE_UNROLL
@@ -671,8 +668,7 @@ class Loop {
       Scalar values[kQuad];
       BCE_UNROLL
       for (int c = 0; c < kQuad; ++c) {
-        Pair<Scalar> gradient = turned_gradient_of<L>(z[c], exponential[c]);
-        if (kFar && z[c] <= -Format<Scalar>::kUnderflow) gradient = {Scalar(-0.0), Scalar(-0.0)};
+        const Pair<Scalar> gradient = turned_gradient_of<L, kCommon>(z[c], exponential[c]);
         values[c] = rest_ * turns[c] * rounded_once(gradient, type());
       }
       put<kDirect>(plan_.gradient, at, rounded(values));
@@ -996,29 +992,24 @@ class Loop {
     }
   }
 
-  // A turn whose logits are common, or so far from 0 that exp(-|x|) is 0, as those of padding; but
-  // for infinite losses.
-  __device__ static bool is_far(Scalar z) { return L::magnitude(z) >= Format<Scalar>::kUnderflow; }
-  __device__ bool far_turn() {
+  // A turn of hard labels and any logits, unless there is an infinite loss or NaN.
+  __device__ bool hard_turn() {
     const bool usual = usual_ && plan_.direct && with_gradient() && smoothing_ == 0;
     if (!usual || any_of_warp(left_ < kStep - 32 + kQuad)) return false;
     point();
     fetch(0, true);
     Turn<false> turn;
     read_turned(&turn);
-    bool far = turn.soft == 0;
+    bool finite = turn.soft == 0;
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q) {
       BCE_UNROLL
-      for (int c = 0; c < kQuad; ++c) {
-        const Scalar z = turn.x[q][c];
-        far &= (is_common(z) || is_far(z)) && z < Format<Scalar>::kInfinity;
-      }
+      for (int c = 0; c < kQuad; ++c) finite &= turn.x[q][c] < Format<Scalar>::kInfinity;
     }
-    if (any_of_warp(!far)) return false;
+    if (any_of_warp(!finite)) return false;
     BCE_UNROLL
     for (int q = 0; q < kQuads; ++q)
-      evaluate_turned<true, true, true>(32 * q, turn.x[q], turn.labels[q]);
+      evaluate_turned<true, true, false>(32 * q, turn.x[q], turn.labels[q]);
     advance(kStep);
     return true;
   }
@@ -1026,7 +1017,7 @@ class Loop {
   // A turn of any elements, one at a time, in the order in which lanes add them up.
   __device__ void any_turn() {
     if constexpr (kPads)
-      if (far_turn()) return;
+      if (hard_turn()) return;
 #pragma unroll 1
     for (int i = 0; i < kQuads * kQuad; ++i) {
       const int at = i / kQuad * 32 + i % kQuad;

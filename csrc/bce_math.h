@@ -363,22 +363,30 @@ BCE_INLINE Pair<typename Lanes::Float> complement_of(Pair<typename Lanes::Float>
   return {complement, (-q.high - (complement - one)) - q.low};
 }
 
-// The loss and the gradient of a common logit with a label of 0.
-template <class Lanes>
+// The loss and the gradient of a logit with a label of 0, if the loss is finite. kCommon: the scale
+// is 1.
+template <class Lanes, bool kCommon = true>
 BCE_INLINE Pair<typename Lanes::Float> turned_loss_of(typename Lanes::Float logit,
                                                       Exponential<Lanes> exponential) {
   using Float = typename Lanes::Float;
-  const Pair<Float> log1p = log1p_of<Lanes>(exponential);
+  Pair<Float> log1p = log1p_of<Lanes>(exponential);
+  if constexpr (!kCommon) log1p = {log1p.high * exponential.scale, log1p.low * exponential.scale};
   const Float linear = Lanes::max(logit, Lanes::set(0));
   const Pair<Float> sum =
       fast_two_sum(Lanes::max(linear, log1p.high), Lanes::min(linear, log1p.high));
   return {sum.high, sum.low + log1p.low};
 }
 
-template <class Lanes>
+template <class Lanes, bool kCommon = true>
 BCE_INLINE Pair<typename Lanes::Float> turned_gradient_of(typename Lanes::Float logit,
                                                           Exponential<Lanes> exponential) {
-  const auto q = sigmoid_of<Lanes>(exponential), complement = complement_of<Lanes>(q);
+  auto q = sigmoid_of<Lanes>(exponential);
+  if constexpr (!kCommon) {
+    // 0 becomes -0, which is what gradient_of gives.
+    const auto zero = Lanes::set(0);
+    q = {-(zero - q.high * exponential.scale), -(zero - q.low * exponential.scale)};
+  }
+  const auto complement = complement_of<Lanes>(q);
   const auto positive = logit >= Lanes::set(0);
   return {Lanes::select(positive, complement.high, q.high),
           Lanes::select(positive, complement.low, q.low)};

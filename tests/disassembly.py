@@ -132,10 +132,11 @@ class Turn:
     shared: int = 0  # stores of losses to shared memory, where a tile's rows are summed
     least: dict[str, int] = field(default_factory=dict)  # how many of other instructions, or more
     loop: int = 0  # of the loops that do this work, from the shortest on
+    votes: int = 1  # more: in the loop around those of common turns
 
     @property
     def work(self) -> Work:
-        counts = (self.approximations, 1, self.additions, self.shared, self.stores[1])
+        counts = (self.approximations, self.votes, self.additions, self.shared, self.stores[1])
         return (*counts, *self.loads.values(), *self.least.values())
 
     def work_of(self, step: Instruction) -> list[Work]:
@@ -161,8 +162,11 @@ class Block:
     work: set[Work]  # what all of them together may do; empty if no turn contains them
 
 
-def loops_of(code: list[Instruction]) -> dict[int, set[int]]:
-    """The places of each loop's instructions, by that of its only vote."""
+def loops_of(code: list[Instruction], outer: bool = False) -> dict[int, set[int]]:
+    """The places of each loop's instructions, by that of its only vote.
+
+    If `outer`, those of the smallest loop with several votes, by that of its last one.
+    """
     before = defaultdict(list)
     for place, step in enumerate(code):
         for follower in step.followers:
@@ -175,11 +179,13 @@ def loops_of(code: list[Instruction]) -> dict[int, set[int]]:
                 if (place := ends.pop()) not in body:
                     body.add(place)
                     ends += before[place]
-            # But for copies of a vote, out of line, for warps whose threads have diverged.
-            votes = [p for p in body if code[p].is_vote and "WARPSYNC" not in code[p - 1].text]
-            if len(votes) == 1 and len(body) < len(loops.get(votes[0], code)):
-                loops[votes[0]] = body
-    return loops
+            # But for copies of votes, out of line, for warps whose threads have diverged.
+            out_of_line = {place for place in body if code[place].text.startswith("WARPSYNC")}
+            body -= out_of_line
+            votes = sorted(p for p in body if code[p].is_vote and p - 1 not in out_of_line)
+            if (len(votes) > 1) == outer and votes and len(body) < len(loops.get(votes[-1], code)):
+                loops[votes[-1]] = body
+    return dict(sorted(loops.items())[-1:]) if outer else loops
 
 
 def blocks_from(
@@ -231,7 +237,7 @@ def way(code: list[Instruction], turn: Turn) -> list[Instruction]:
     """
     ways = (
         way_in(vote, inside, code, turn)
-        for vote, inside in loops_of(code).items()
+        for vote, inside in loops_of(code, turn.votes > 1).items()
         # These loops approximate nothing in vain, but may have several ways for a turn.
         if sum(code[place].kinds[0] for place in inside) >= turn.approximations
     )
@@ -292,6 +298,10 @@ LOOPS = {
     "float32, soft or smoothed": (
         *("float32", "float32", "", 8),
         Turn({128: 4}, (128, 2), 16, 8, loop=2),
+    ),
+    "float32, a turn with padding": (
+        *("float32", "float32", "", 8),
+        Turn({128: 8}, (128, 2), 16, 8, least={"FMUL": 120}, votes=4),
     ),
     "float32, one label": (
         *("float32", "float32", "", 8),

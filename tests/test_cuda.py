@@ -110,6 +110,7 @@ BUDGETS = {
     "float32, uint8": 75,
     "float32, short rows": 72,
     "float32, soft or smoothed": 91,
+    "float32, a turn with padding": 104,
     "float32, one label": 72,
     "float32, loss alone": 54,
     "float32, a weight per class": 85,
@@ -156,6 +157,7 @@ LISTING = """
            DADD R18, R18, R16
            STG.E.128 desc[UR4][R20.64], R16
            @P0 BRA rare
+           @P1 BRA first
            EXIT
 """
 
@@ -167,6 +169,7 @@ LISTING = """
         ({"additions": 1}, [0, 1, 2, 3, 6, 7, 8, 9, 10, 13, 14, 15]),
         ({"shared": 1}, [0, 1, 2, 3, 6, 7, 8, 11, 12, 13, 14, 15]),
         ({"additions": 1, "loop": 1}, list(range(16, 29))),
+        ({"additions": 1, "votes": 2}, [*range(16, 30), 0, 1]),
     ],
 )
 def test_the_reader_takes_the_way_of_a_turn(turn: dict, expected: list[int]) -> None:

@@ -146,6 +146,15 @@ inline double any_logit() {
                    : std::normal_distribution<double>(0, 5)(random_bits);
 }
 
+// Seldom infinite, as then the whole turn is evaluated in another way.
+inline double far_logit() {
+  const double far[] = {-1e9, 1e9, -INFINITY, 105, -105, 44.5, -44.5};
+  if (random_bits() % 128 == 0) return INFINITY;
+  if (random_bits() % 2) return far[random_bits() % std::size(far)];
+  const double between = 44 + random_bits() % (61 << 20) * 0x1p-20;  // up to 105
+  return random_bits() % 2 ? between : -between;
+}
+
 inline double any_label() {
   const double soft[] = {0.3, 0.9, 2, -1};
   return is_rare() ? soft[random_bits() % std::size(soft)] : random_bits() % 2;
@@ -186,12 +195,9 @@ struct Call {
   bool by_column(int name) const { return !is_one(name) && (c.form + name) % 4 & 2; }
 
   explicit Call(const Case& chosen) : c(chosen) {
-    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;      // 64, 4096 or 262144
-    const double far[] = {-1e9, 1e9, -INFINITY, 105, -105, 104.5};  // the last one is not
+    one_in = c.common ? 1 << 30 : 64 << random_bits() % 3 * 6;  // 64, 4096 or 262144
     for (int64_t i = 0; i < size; ++i)
-      logits.set(i, c.padded && random_bits() % 50 == 0
-                        ? far[random_bits() % (random_bits() % 64 ? 5 : 6)]
-                        : any_logit());
+      logits.set(i, c.padded && random_bits() % 50 == 0 ? far_logit() : any_logit());
     for (int64_t i = 0; i < labels_size; ++i) labels.set(i, any_label());
     for (int64_t i = 0; i < scales_size; ++i) scale.set(i, c.scales ? 1 + i % 7 : 1);
     for (int64_t i = 0; i < smoothings_size; ++i)
