@@ -1144,8 +1144,9 @@ class Evaluation : Inputs<Scalar> {
       if constexpr (kHessian) load_floor(span);
       evaluate_plain(modified);
     }
-    // A factor that is not a number, or negative, would show where an element does not exist.
-    if (masked_ && !tame_) {
+    // A factor that is not a number, or negative, would show where an element does not exist, and
+    // so would the sign of a focal gradient.
+    if (masked_ && !(tame_ && !problem_.is_focal())) {
       for (int i = 0; i < span.size(); ++i) {
         if (keep_[i] != 0) continue;
         if constexpr (kLoss && !kReduce) tile_.loss[i] = 0;

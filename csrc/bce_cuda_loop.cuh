@@ -1116,23 +1116,16 @@ class Loop {
       place.row = row_ + rows;
       place.column = column - rows * plan_.inner;
     }
-    FactorOfElement factor = factor_of(place.element);
-    const bool is_dropped = factor.is_zero || is_masked(place);
-    if (is_dropped && !plan_.focal) return {0, 0};
+    const FactorOfElement factor = factor_of(place.element);
+    if (factor.is_zero || is_masked(place)) return {0, 0};
 
     enum { kX, kY, kS, kW, kOfSample, kQ, kNumbers };  // as in Plan
     Scalar numbers[kNumbers] = {};
     gather<kNumbers>(plan_.inputs, place, numbers);
-    Scalar x = numbers[kX], y = numbers[kY];
-    const Scalar smoothing = numbers[kS];
+    const Scalar x = numbers[kX], y = numbers[kY], smoothing = numbers[kS];
     Pair<Scalar> weight = {numbers[kW], 0};
     if (given(kSampleWeight)) weight = product_of<L>(weight, numbers[kOfSample]);
     weight = {weight.high * factor.power, weight.low * factor.power};
-    if (is_dropped) {  // the sign of its focal gradient, 0, is that of a harmless element
-      x = y = 0;
-      weight = {0, 0};
-      factor.rest = 0;  // a NaN or negative factor would show
-    }
     if (plan_.total) return finite_low<L>(weight);
 
     Pair<Scalar> loss;

@@ -218,6 +218,19 @@ def test_on_a_mesh(cpu: str, loss: Callable, spec: PartitionSpec, kind: AxisType
     oracle.assert_same_bits(found[1], expected[1])
 
 
+@pytest.mark.parametrize("some", [0.0, 0.5, 1.0])
+def test_masked_elements_have_no_negative_zeros(cpu: str, some: float) -> None:
+    """Whether their neighbours are masked, too, or not."""
+    x, y = oracle.random_logits(FLOAT32, (64, 64), 1), oracle.random_labels(np.uint8, (64, 64), 2)
+    where = np.random.default_rng(3).random(x.shape) < some
+    loss = partial(
+        jax_bce.asymmetric_loss, clip=0.9, label_smoothing=0.2, where=where, reduction="sum"
+    )
+    gradient = np.asarray(jax.jit(jax.grad(loss))(x, y))
+    assert np.any(gradient != 0) == (some > 0)
+    assert not np.any(np.signbit(gradient[~where]))
+
+
 def test_none_is_xla_on_other_platforms() -> None:
     """On a GPU, too, where the kernel has to be named."""
     x, y = np.zeros(4, FLOAT32), np.zeros(4, FLOAT32)
