@@ -128,27 +128,31 @@ list(JOIN ARCHITECTURES ", " ARCHITECTURES)
 list(JOIN PTX ", " PTX)
 message(STATUS "jax_bce: CUDA kernel for ${ARCHITECTURES}${WHY}, PTX of ${PTX}, by ${NVCC}")
 
-# -fmad=false: as in the CPU kernels, no product is rounded where the source does not say so.
+# What only the host runs is compiled by the host's compiler, which nvcc calls. -fmad=false: as in the
+# CPU kernels, no product is rounded where the source does not say so.
 execute_process(COMMAND ${NVCC} --help OUTPUT_VARIABLE HELP)
 if(HELP MATCHES "--compress-mode")
   list(APPEND CODE --compress-mode=size)
 endif()
 file(GLOB HEADERS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*.h ${CMAKE_SOURCE_DIR}/csrc/*.cuh)
-foreach(source bce_cuda known_answer)
-  set(OBJECT ${CMAKE_CURRENT_BINARY_DIR}/${source}.o)
+foreach(source bce_cuda.cu known_answer.cc)
+  set(OPTIONS -O1)
+  if(source STREQUAL bce_cuda.cu)
+    set(OPTIONS -O3 -fmad=false --threads 0 -Xptxas -v ${CODE})
+  endif()
+  string(REGEX REPLACE "[.].*" ".o" OBJECT ${CMAKE_CURRENT_BINARY_DIR}/${source})
   list(APPEND OBJECTS ${OBJECT})
   add_custom_command(
     OUTPUT ${OBJECT}
-    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source}.cu ${HEADERS}
-    COMMAND ${NVCC} -std=c++17 -O3 -fmad=false --threads 0
-            $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings> -Xptxas -v ${CODE}
-            -ccbin ${CMAKE_CXX_COMPILER}
+    DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${source} ${HEADERS}
+    COMMAND ${NVCC} -std=c++17 $<$<BOOL:${JAX_BCE_WERROR}>:-Werror=all-warnings>
+            ${OPTIONS} -ccbin ${CMAKE_CXX_COMPILER}
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-fPIC,-fvisibility=hidden
-            -c ${CMAKE_SOURCE_DIR}/csrc/${source}.cu -o ${OBJECT}
+            -c ${CMAKE_SOURCE_DIR}/csrc/${source} -o ${OBJECT}
     VERBATIM COMMAND_EXPAND_LISTS)
 endforeach()
 pybind11_add_module(_cuda NO_EXTRAS csrc/ffi_cuda.cc ${OBJECTS})
-target_compile_options(_cuda PRIVATE -O1)
+target_compile_options(_cuda PRIVATE -Og)
 target_link_options(_cuda PRIVATE -s)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_INCLUDE})
 target_compile_definitions(

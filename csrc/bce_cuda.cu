@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
   Elements elements(plan);
   const int warp = threadIdx.x / kWarp;
   const bool tiles = plan.tile_rows > 0;
-  auto* const common = reinterpret_cast<Factor<Scalar>*>(tile<Scalar>() + kPairs<Scalar>);
+  Factor<Scalar>* const factors = factors_of_warps<Scalar>();
   bool first = true;
   const int step = tiles ? gridDim.x : gridDim.x * kWarps;
   for (int i = tiles ? blockIdx.x : blockIdx.x * kWarps + warp; i < plan.count; i += step) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
       const Factor<Scalar> factor =
           plan.factors == Factors::kAny ? Factor<Scalar>(1, 1) : plan.factor_at<Scalar>(begin);
       elements.set_factor(factor);
-      if (tiles && threadIdx.x == 0) *common = factor;
+      if (threadIdx.x % kWarp == 0) factors[warp] = factor;
       first = false;
     }
     const double sum =
@@ -60,13 +60,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
                  : 0;
     if (tiles) {
       __syncthreads();
-      sum_rows(plan, row, rows, *common);
+      sum_rows(plan, row, rows, factors[0]);
       __syncthreads();  // before the next tile overwrites the losses
     } else if (plan.reduce) {
       const double total = fold(sum);
-      if (threadIdx.x % kWarp == 0) plan.sums[i] = total;
+      if (threadIdx.x % kWarp == 0)
+        plan.sums[i] = plan.parts > 1 ? factors[warp].times(total) : total;
     }
   }
+  for (int64_t i = plan.count + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < plan.parts;
+       i += int64_t{gridDim.x} * kThreads)
+    plan.sums[i] = 0;
   if (!plan.one_block) return;
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -108,11 +112,12 @@ template <class Logit, class Label, bool kModified = false>
 cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
   using Scalar = ScalarOf<Logit>;
   const bool tiles = plan.tile_rows > 0;
-  const int blocks = tiles ? plan.count : (plan.count + kWarps - 1) / kWarps;
+  const int blocks = tiles ? plan.count : plan.count > 0 ? (plan.count + kWarps - 1) / kWarps : 1;
   const cudaError_t error =
       launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
-             kThreads, tiles ? kTileBytes<Scalar> : 0, stream, plan);
-  if (error != cudaSuccess || !plan.reduce || tiles || plan.one_block) return error;
+             kThreads, kFactorBytes<Scalar> + (tiles ? kTileBytes<Scalar> : 0), stream, plan);
+  if (error != cudaSuccess || !plan.reduce || tiles || plan.one_block || plan.parts > 1)
+    return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
                                                                               : 1;
@@ -183,7 +188,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   Plan plan = {};
   Input* const modifiers = plan.inputs + Plan::kFirstModifier;
   const int64_t rows = problem.rows(), columns = problem.columns();
-  const bool in_tiles = problem.reduce && columns <= kGroup;
+  const bool in_tiles = problem.reduce && columns <= kGroup && problem.parts == 1;
   const bool in_rows = problem.reduce && !in_tiles;
   int64_t shape[kMaxRank];
   for (int d = 0; d < problem.rank; ++d) shape[d] = problem.shape[d] > 0 ? problem.shape[d] : 1;
@@ -210,7 +215,8 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   plan.constant_power = problem.constant_power;
   plan.losses = in_tiles ? Losses::kTile : in_rows ? Losses::kSum : Losses::kStore;
   plan.inverse_count = problem.inverse_count;
-  plan.sums = sums;
+  plan.parts = problem.parts;
+  plan.sums = problem.parts > 1 ? static_cast<double*>(problem.loss.data) : sums;
 
   Factors factors = Factors::kOne;
   for (const Operand* operand : {&problem.scale, &problem.divisor, &problem.divisor_low})
@@ -229,7 +235,7 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   } else {
     plan.groups_in_row = (plan.columns + kGroup - 1) / kGroup;
     plan.count = static_cast<int>(plan.rows * plan.groups_in_row);
-    plan.one_block = in_rows && plan.rows == 1 && plan.count <= kWarps;
+    plan.one_block = in_rows && plan.rows == 1 && plan.count <= kWarps && plan.parts == 1;
   }
   plan.dense = plan.logits().form == Form::kEach &&
                (plan.labels().form == Form::kEach || plan.labels().form == Form::kOne);
@@ -278,6 +284,8 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   return plan;
 }
 
+__device__ alignas(256) char scratch[kScratch];
+
 cudaError_t launch_for(const Problem& problem, double* sums, CUstream_st* stream) {
   bool modified;
   const Plan plan = plan_for(problem, sums, &modified);
@@ -305,8 +313,8 @@ const char* bce_cuda(const Problem& problem, double* sums, CUstream_st* stream) 
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* cuda_zero(double* numbers, int64_t count, CUstream_st* stream) {
-  const cudaError_t error = cudaMemsetAsync(numbers, 0, count * sizeof *numbers, stream);
+const char* cuda_scratch(char** memory) {
+  const cudaError_t error = cudaGetSymbolAddress(reinterpret_cast<void**>(memory), scratch);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,6 +1,7 @@
 // The CUDA loop over plain pointers and a stream.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 #include "bce_problem.h"
@@ -15,11 +16,14 @@ constexpr int64_t cuda_workspace(int64_t rows, int64_t columns) {
   return columns > kGroup ? rows * ((columns + kGroup - 1) / kGroup) : 0;
 }
 
-// Enqueues the evaluation on the stream. Returns null, or CUDA's error message.
+// Enqueues the evaluation on the stream. If the loss has several parts, there must be one for each
+// group, and there is no workspace. Returns null, or CUDA's error message.
 const char* bce_cuda(const Problem& problem, double* workspace, CUstream_st* stream);
 
-// Enqueues writing zeros. Returns null, or CUDA's error message.
-const char* cuda_zero(double* numbers, int64_t count, CUstream_st* stream);
+// Memory of the current device for the known-answer test. It is not allocated: that could wait for
+// other work. Returns null, or CUDA's error message.
+constexpr size_t kScratch = 2400 << 10;
+const char* cuda_scratch(char** memory);
 
 // The newest CUDA version that the driver supports, 0 without a driver; and the version that this
 // was built with. As CUDA numbers them: 13000 is 13.0.

@@ -69,7 +69,8 @@ struct Plan {
   int64_t rows, columns, groups_in_row;
   int tile_rows;   // 0: groups
   int count;       // of groups, or of tiles
-  double* sums;    // of groups
+  double* sums;    // of groups; if the loss has several parts, these
+  int64_t parts;   // of the loss, or 1
   bool one_block;  // evaluates all groups, of one row
   // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
   uint32_t inner, magic, shift;
@@ -106,11 +107,21 @@ struct Plan {
 };
 static_assert(sizeof(Plan) <= 4096);  // as many bytes of parameters as any GPU takes
 
-// The losses of a tile in shared memory, and where they are: spread so that the threads that add up
+// In shared memory: a factor for each warp; in tiles, the first is that of all rows, if they share
+// one.
+template <class Scalar>
+constexpr int kFactorBytes = kWarps * sizeof(Factor<Scalar>);
+template <class Scalar>
+__device__ Factor<Scalar>* factors_of_warps() {
+  return reinterpret_cast<Factor<Scalar>*>(shared_memory);
+}
+
+// Behind them, the losses of a tile, and where they are: spread so that the threads that add up
 // rows do not all use the same banks.
 template <class Scalar>
 __device__ Pair<Scalar>* tile() {
-  return reinterpret_cast<Pair<Scalar>*>(shared_memory);
+  static_assert(kFactorBytes<Scalar> % sizeof(uint4) == 0);
+  return reinterpret_cast<Pair<Scalar>*>(shared_memory + kFactorBytes<Scalar> / sizeof(uint4));
 }
 __device__ int spread(int place) { return place + place / 32 * 2; }
 

@@ -15,9 +15,8 @@ template <class Scalar>
 constexpr int kTile = 16384 / sizeof(Scalar);
 template <class Scalar>
 constexpr int kPairs = kTile<Scalar> + kTile<Scalar> / 32 * 2;
-// The losses, and behind them the rows' common factor.
 template <class Scalar>
-constexpr int kTileBytes = kPairs<Scalar> * sizeof(Pair<Scalar>) + sizeof(Factor<Scalar>);
+constexpr int kTileBytes = kPairs<Scalar> * sizeof(Pair<Scalar>);
 
 // Folds the numbers of `width` threads by halves. Valid in the first one.
 __device__ double fold(double number, int width = kWarp) {

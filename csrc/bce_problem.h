@@ -121,6 +121,8 @@ struct Factor {
 // If there is a gamma, the loss is focal or asymmetric, and there is no pos_weight.
 // If `total`, losses are replaced by the weights of the elements that are not masked.
 // If `hessian`, losses are replaced by second derivatives, of which none is below the floor.
+// If `parts` is more than 1, everything is summed, and the loss is as many float64 numbers: the
+// caller adds them up. Which are 0 depends on the kernel.
 struct Problem {
   int rank;
   int64_t shape[kMaxRank];
@@ -131,6 +133,7 @@ struct Problem {
   bool constant_power;  // whether the focal power has no derivative
   Result loss, gradient;
   bool reduce;
+  int64_t parts = 1;
   double inverse_count;
 
   BCE_INLINE RowStart row_start(int64_t row) const {

@@ -17,8 +17,8 @@
 // have the same rank and are broadcast against each other (dimensions of size 1); scalars are
 // broadcast, too. The gradient has their common shape. `reduced_rank` trailing dimensions are
 // summed into the loss, which has the arithmetic's type, or float64 if the caller adds up further.
-// If everything is summed, a float64 loss may have any number of elements: the first is the sum,
-// the others are 0.
+// If everything is summed, a float64 loss may have several elements, whose sum is the loss: on
+// "CUDA" at least one for each group of 1024, and then there is no workspace.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -271,10 +271,11 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     const std::string name = is_loss ? "loss" : "gradient";
     auto buffer = results.get<ffi::AnyBuffer>(next++);
     if (!buffer.has_value()) return invalid("the result " + name + " is missing");
-    const bool spare = is_loss && problem->reduce && problem->rows() == 1 &&
-                       (*buffer)->element_type() == ffi::DataType::F64 &&
-                       (*buffer)->element_count() > 1;
-    if ((*buffer)->element_count() != expected[!is_loss] && !spare)
+    const bool in_parts = is_loss && problem->reduce && problem->rows() == 1 &&
+                          (*buffer)->element_type() == ffi::DataType::F64 &&
+                          (*buffer)->element_count() > 1;
+    if (in_parts) problem->parts = (*buffer)->element_count();
+    if ((*buffer)->element_count() != expected[!is_loss] && !in_parts)
       return invalid(name + " has " + std::to_string((*buffer)->element_count()) +
                      " elements instead of " + std::to_string(expected[!is_loss]));
     if (!to_type((*buffer)->element_type(), &result->type) || !is_float(result->type))
@@ -285,12 +286,6 @@ inline ffi::Error describe(const ffi::AnyBuffer (&buffers)[kOperands], ffi::Rema
     result->data = (*buffer)->untyped_data();
   }
   return ffi::Error::Success();
-}
-
-// How many elements of the loss follow the sums: they are to be 0.
-inline int64_t spare_sums(const Problem& problem, ffi::RemainingRets results) {
-  if (!problem.reduce) return 0;
-  return (*results.get<ffi::AnyBuffer>(0))->element_count() - problem.rows();
 }
 
 // An array as known when JAX lowers a call: the name of its dtype, and its shape.

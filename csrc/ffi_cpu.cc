@@ -78,8 +78,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::AnyBuffer label
     if (auto result = results.get<ffi::AnyBuffer>(i); result.has_value())
       prefer_huge_pages((*result)->untyped_data(), (*result)->size_bytes());
   const int64_t rows = problem.rows(), columns = problem.columns();
-  if (const int64_t spare = spare_sums(problem, results); spare > 0)
-    std::fill_n(static_cast<double*>(problem.loss.data) + rows, spare, 0.0);
+  if (problem.parts > 1)  // the first is the sum
+    std::fill_n(static_cast<double*>(problem.loss.data) + 1, problem.parts - 1, 0.0);
   const int64_t blocks = std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
   std::vector<double> sums(problem.reduce && blocks > 1 ? rows * blocks : 0);
   // A task is one block of a long row, or several short rows with about as many elements as a

@@ -30,7 +30,7 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   // compiled.
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
-  int64_t room = 0;
+  int64_t room = problem.parts > 1 ? problem.parts : 0;
   if (results.size() > kResults) {
     auto sums = results.get<ffi::AnyBuffer>(kResults);
     if (results.size() > kResults + 1 || !sums.has_value() ||
@@ -42,8 +42,6 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   if (room < needed)
     return invalid("room for " + std::to_string(needed) + " float64 sums is missing");
   const char* error = bce_cuda(problem, workspace, stream);
-  if (const int64_t spare = spare_sums(problem, results); spare > 0 && !error)
-    error = cuda_zero(static_cast<double*>(problem.loss.data) + problem.rows(), spare, stream);
   return error ? ffi::Error::Internal(std::string("jax_bce: CUDA says: ") + error)
                : ffi::Error::Success();
 } catch (const std::exception& error) {

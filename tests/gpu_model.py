@@ -7,7 +7,8 @@ Nothing runs: these are models, not measurements. XLA compiles what a user write
 `implementation="cuda"`, for an H200. Of each kernel, the bytes that it moves are read off the HLO,
 and the instructions off its machine code. A kernel takes as long as the slowest of four: memory at
 the speed of a copy, the instructions at one per clock and scheduler, the special functions, and
-float64. Each launch adds 2.2 us. Caches, latency and the last wave are left out, for both sides.
+float64. Each launch adds 2.2 us. Caches, latency, the last wave and what GPUs send to each other
+are left out, for both sides.
 
 Needs what `gpu_compiler.py` and `disassembly.py` need, and ptxas.
 """
@@ -34,7 +35,7 @@ import gpu_compiler
 import jax
 import jax.numpy as jnp
 from hlo import bytes_moved, kernel_bytes
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_bce
 
@@ -144,12 +145,13 @@ def by_xla(function: Callable, operands: list[jax.ShapeDtypeStruct]) -> list[Wor
     code = machine_code()
     (sequence,) = (path.read_text() for path in DUMP.glob("*thunk_sequence.txt"))
     found = []
+    thunks = [line for line in re.findall(r"^\d+:.*", sequence, re.M) if "AllReduce" not in line]
     for name, *sizes in THUNK.findall(sequence):
         threads = math.prod(int(size) for text in sizes for size in text.split(","))
         read, written = moved[name]
         each = counted(code[name], read / threads, written / threads)
         found.append(Work(name, read + written, **{what: n * threads for what, n in each.items()}))
-    assert len(found) == len(re.findall(r"^\d+:", sequence, re.M)), sequence
+    assert len(found) == len(thunks), sequence
     return found
 
 
@@ -185,6 +187,8 @@ class Case:
     fixed: dict[str, float] = field(default_factory=dict)
     rows: bool = False  # a mean of each row, not one of everything
     gradient: bool = True
+    padded: float = 0.0  # the share of turns with a logit far from 0
+    gpus: int = 1  # over which the rows are spread; bytes and elements are those of one
 
     def function(self, loss: Callable) -> Callable:
         def of(x, y, *arrays):
@@ -195,23 +199,39 @@ class Case:
 
     @property
     def elements(self) -> int:
-        return math.prod(self.operands[0][0])
+        return math.prod(self.operands[0][0]) // self.gpus
+
+    @property
+    def placed(self) -> list[jax.ShapeDtypeStruct]:
+        gpus, rows = gpu_compiler.mesh(f"1x1x{self.gpus}"), self.operands[0][0][0]
+        return [
+            jax.ShapeDtypeStruct(
+                shape,
+                dtype,
+                sharding=NamedSharding(gpus, PartitionSpec(*["gpu"] * (shape[:1] == (rows,)))),
+            )
+            for shape, dtype in self.operands
+        ]
 
     @property
     def launches(self) -> int:
-        """Rows of up to 1,024 elements, or one of 4,096, are summed by the same kernel."""
+        """Those of a call. Rows of up to 1,024 elements, or one of 4,096, take one, and so do the
+        sums that XLA adds up on several GPUs."""
         length = self.operands[0][0][-1] if self.rows else self.elements
-        return 1 if length <= 1024 or self.elements <= 4096 else 2
+        return 1 if length <= 1024 or self.elements <= 4096 or self.gpus > 1 else 2
 
 
-def by_kernel(case: Case, operands: list[jax.ShapeDtypeStruct]) -> Work:
-    """What the package's kernels do for a case."""
+def by_kernel(case: Case) -> list[Work]:
+    """What the package's kernels do for a case, and the launches that XLA adds."""
     function = jax.jit(case.function(partial(jax_bce.loss, implementation="cuda")))
-    compiled = function.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
-    loop = disassembly.loop(90, case.loop)
-    turn = tally([(1.0, step.text) for step in loop.code])
-    turns = case.elements / loop.elements
-    return Work("ours", bytes_moved(compiled), **{what: n * turns for what, n in turn.items()})
+    compiled = function.trace(*case.placed).lower(lowering_platforms=("cuda",)).compile()
+    executed = []
+    loops = {case.loop: 1 - case.padded, "float32, a turn with padding": case.padded}
+    for loop, share in ((disassembly.loop(90, name), share) for name, share in loops.items()):
+        turns = share * case.elements / loop.elements
+        executed += [(turns, step.text) for step in loop.code]
+    ours = [Work("ours", bytes_moved(compiled), **tally(executed))]
+    return ours + [Work("launch", 0)] * (case.launches - 1 + len(kernel_bytes(compiled)) - 1)
 
 
 def pair(*shape: int, logits: Any = F32, labels: Any = F32) -> tuple:
@@ -222,10 +242,15 @@ LARGE = 4096, 8192
 SMALL = pair(*LARGE, logits=BF16, labels=U8)
 CASES = {
     "mean": Case("float32", pair(*LARGE)),
+    "mean, one logit of 1,024 beyond 44": Case("float32", pair(*LARGE), padded=0.25),
     "mean, bfloat16 and uint8": Case("bfloat16, uint8", SMALL),
     "mean, float16 and uint8": Case("float16, uint8", pair(*LARGE, logits=F16, labels=U8)),
     "loss alone": Case("float32, loss alone", pair(*LARGE), gradient=False),
     "loss alone, bfloat16 and uint8": Case("bfloat16, uint8, loss alone", SMALL, gradient=False),
+    "mean of 32,768 x 1,000 on 8 GPUs": Case("float32", pair(32_768, 1_000), gpus=8),
+    "mean of 32,768 x 1,000 on 8 GPUs, bfloat16 and uint8": Case(
+        "bfloat16, uint8", pair(32_768, 1_000, logits=BF16, labels=U8), gpus=8
+    ),
     **{f"mean of 2^{n}": Case("float32", pair(2**n)) for n in (10, 12, 14, 16, 17, 20)},
     **{
         f"rows, {rows:,} x {columns:,}": Case(loop, pair(rows, columns), rows=True)
@@ -239,6 +264,7 @@ CASES = {
             (6_710, 5_000, "float32"),
         )
     },
+    "soft labels": Case("float32, soft or smoothed", pair(*LARGE)),
     "label_smoothing": Case(
         "float32, soft or smoothed", pair(*LARGE), fixed={"label_smoothing": 0.1}
     ),
@@ -279,26 +305,18 @@ def main() -> None:
     if reason := gpu_compiler.missing() or disassembly.missing():
         sys.exit(reason)
     gpu_compiler.prepare()
-    device = SingleDeviceSharding(gpu_compiler.mesh("1x1x1").devices.flat[0])
     heading = ["value_and_grad", "kernels", "bytes per element", "instructions per element"]
     heading += [f"{gpu}, us: XLA, jax_bce" for gpu in gpus]
     print(f"| {' | '.join(heading)} |\n| --- |{' --: |' * (len(heading) - 1)}")
     for name in options.cases:
         case = CASES[name]
-        operands = [jax.ShapeDtypeStruct(*each, sharding=device) for each in case.operands]
-        xla = by_xla(case.function(jnp_loss), operands)
-        ours = by_kernel(case, operands)
-        cells = [
-            f"{len(xla)}, {case.launches}",
-            *(
-                f"{sum(getattr(work, what) for work in xla) / case.elements:.1f}, "
-                f"{getattr(ours, what) / case.elements:.1f}"
-                for what in ("bytes", "instructions")
-            ),
-        ]
+        both = by_xla(case.function(jnp_loss), case.placed), by_kernel(case)
+        cells = [", ".join(str(len(works)) for works in both)]
+        for what in ("bytes", "instructions"):
+            sums = [sum(getattr(work, what) for work in works) for works in both]
+            cells.append(", ".join(f"{number / case.elements:.1f}" for number in sums))
         for gpu in (GPUS[gpu] for gpu in gpus):
-            theirs = sum(work.seconds(gpu) + LAUNCH for work in xla)
-            own = ours.seconds(gpu) + case.launches * LAUNCH
+            theirs, own = (sum(work.seconds(gpu) + LAUNCH for work in works) for works in both)
             cells.append(f"{theirs * 1e6:.1f}, {own * 1e6:.1f} ({theirs / own:.2f}x)")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -129,6 +129,33 @@ def test_every_length(cuda: str) -> None:
     oracle.assert_same_bits(each(problems, cuda), by_the_cpu_kernel(each, problems))
 
 
+def in_parts(logits: np.ndarray, labels: np.ndarray, parts: int) -> list[jax.Array]:
+    """Mean and gradient by the handler, the mean as so many float64 numbers."""
+    with jax.enable_x64(True):
+        results = [
+            jax.ShapeDtypeStruct(*each) for each in (((parts,), FLOAT64), (logits.shape, FLOAT32))
+        ]
+        call = jax.ffi.ffi_call("jax_bce_v3_loss_and_grad", results, has_side_effect=True)
+        attributes = {"modifiers": 0, "reduced_rank": 1, "count": logits.size}
+        numbers = {name: np.int64(number) for name, number in attributes.items()}
+        return jax.block_until_ready(call(logits, labels, np.float32(1), np.float32(0), **numbers))
+
+
+@pytest.mark.parametrize("size", [1, 1000, GROUP + 1, 5 * GROUP, 3 * BLOCK + 7, 300_001])
+def test_a_mean_in_parts(cuda: str, size: int) -> None:
+    """For XLA to add up where jit spreads elements over GPUs: one a group, and some zeros."""
+    operands = inputs(size)
+    groups = -(-size // GROUP)
+    parts, gradient = in_parts(*operands, groups + 3)
+    mean, expected = jax.jit(partial(jax_bce.loss_and_grad, implementation=cuda))(*operands)
+    assert np.float32(np.sum(parts)) == mean
+    assert np.all(parts[groups:] == 0)
+    oracle.assert_same_bits(gradient, expected)
+    if groups > 2:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"room for {groups} float64 sums"):
+            in_parts(*operands, groups - 1)
+
+
 GRIDS = [(2**20 + 3, 5), (70_001, 33), (70_001, GROUP), (70_001, GROUP + 1), (999, BLOCK + 1)]
 GRIDS += [(5, 3_000_017), (1, 50_000_001), (50_000_001, 1)]
 

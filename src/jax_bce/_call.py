@@ -6,7 +6,7 @@ dimension that may be sharded becomes a leading one, including summed dimensions
 of size d, is reshaped to (g, d / g), where g is the largest number of equal parts that the devices
 can require, and everything after g is a block. The kernel sums blocks, and XLA adds their sums, on
 each device and then across devices. If everything is summed, the kernel sums all of a device's
-blocks as one row, however short they are, and returns 0 for all but the first; but not where XLA
+blocks as one row, however short they are, into a few numbers, for XLA to add up; but not where XLA
 may pad a dimension to divide it, since the kernel would add the padding to the sum. The operands'
 shardings are not known here: XLA propagates them later.
 """
@@ -159,7 +159,8 @@ def _emit(
 ) -> Any:
     """One custom call. Its last result is a workspace of that shape, unless it is empty.
 
-    XLA may split the call along the leading dimensions `batch`.
+    XLA may split the call along the leading dimensions `batch`: each into as many parts as the
+    smallest size there is among operands and results.
     """
     results: list[Any] = list(context.avals_out)
     if math.prod(workspace):
@@ -192,14 +193,23 @@ def split_shape(shape: Sequence[int], reduced_rank: int, devices: int) -> tuple[
 
 
 def _sharding_rule(batch: Sequence[int], operands: Any, results: Any) -> ir.Attribute:
-    """The rule for Shardy: all arrays share the leading dimensions, and no others."""
-    sizes = list(batch)
+    """The rule for Shardy: all arrays share the leading dimensions, and no others.
+
+    If such a dimension is shorter in some arrays, the others share its first factor only.
+    """
+    arrays = [array for array in (*operands, *results) if array.ndim]
+    sizes = [min(array.shape[d] for array in arrays) for d in range(len(batch))]
+
+    def factors(d: int, size: int) -> list[int]:
+        shared = [d] if d < len(batch) else []
+        if shared and size == sizes[d]:
+            return shared
+        sizes.append(size // sizes[d] if shared else size)
+        return [*shared, len(sizes) - 1]
 
     def mapping(array: Any) -> ir.Attribute:
-        own = array.shape[len(batch) :]
-        factors = [*range(len(batch))[: array.ndim], *range(len(sizes), len(sizes) + len(own))]
-        sizes.extend(own)
-        return sdy.TensorMappingAttr.get([sdy.DimMappingAttr.get([factor]) for factor in factors])
+        dimensions = [factors(d, size) for d, size in enumerate(array.shape)]
+        return sdy.TensorMappingAttr.get([sdy.DimMappingAttr.get(each) for each in dimensions])
 
     return sdy.OpShardingRuleAttr.get(
         operand_mappings=[mapping(operand) for operand in operands],
@@ -253,20 +263,22 @@ def _in_blocks(
         """Sums of blocks are float64: the loss is rounded only once, after they are added."""
         if aval.ndim == len(shape):
             return ShapedArray(split, aval.dtype)
-        return ShapedArray(batch, np.dtype(np.float64))
+        return ShapedArray(sums, np.dtype(np.float64))
 
     replace: Any = context.replace
     # Even on an explicit mesh, the partitioner chooses the shardings of these views.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         plain = [ShapedArray(aval.shape, aval.dtype) for aval in avals_in]
         entered = [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(enter, *plain)]
-        results = [split_result(aval) for aval in avals_out]
-        summed, room = 0, 0
-        if 0 < reduced_rank == len(shape) and all(size % devices == 0 for size in batch):
-            blocks = math.prod(batch)
-            summed, room = len(split), -(-workspace(1, blocks * block) // blocks)
+        summed, room, sums = min(reduced_rank, 1), 0, batch
+        if 0 < reduced_rank == len(shape) and all(size and size % devices == 0 for size in batch):
+            # Each device adds up its part of the operands into its part of these.
+            parts = (devices,) * len(batch)
+            of_each = -(-workspace(1, math.prod(split)) // math.prod(parts))
+            summed, sums = len(split), (*parts, max(1, of_each))
         elif reduced_rank > 0:
-            summed, room = 1, workspace(1, block)
+            room = workspace(1, block)
+        results = [split_result(aval) for aval in avals_out]
         values = mlir.lower_fun(enter)(replace(avals_in=plain, avals_out=entered), *operands)
         inside = replace(avals_in=entered, avals_out=results)
         values = _emit(inside, values, target, (*batch, room), summed, numbers, batch)

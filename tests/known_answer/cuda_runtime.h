@@ -1,4 +1,4 @@
-// What known_answer.cu needs besides, and what an old driver or a missing image does, if test.cc
+// What known_answer.cc needs besides, and what an old driver or a missing image does, if test.cc
 // says so.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include "../cuda_kernel/on_host/cuda_runtime.h"
 #undef cudaGetErrorString
 
-inline bool old_driver = false, no_image = false;
+inline bool old_driver = false;
 constexpr cudaError_t kOldDriver = static_cast<cudaError_t>(35);
 constexpr cudaError_t kNoImage = static_cast<cudaError_t>(209);
 constexpr cudaError_t cudaErrorMemoryAllocation = static_cast<cudaError_t>(2);
@@ -24,10 +24,6 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 constexpr unsigned cudaStreamNonBlocking = 1;
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaStreamCreate(stream);
-}
-template <class T>
-cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
-  return *address = &symbol, no_image ? kNoImage : cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
                                    cudaStream_t) {

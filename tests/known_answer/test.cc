@@ -1,5 +1,5 @@
 // The known-answer test of the kernels as they run on the host, and of faulty ones. The kernels'
-// source is compiled with bce_cuda renamed to healthy_bce_cuda.
+// source is compiled with its functions renamed to healthy_bce_cuda and healthy_cuda_scratch.
 //
 //     test [FAULT]
 //
@@ -18,6 +18,7 @@
 namespace jax_bce {
 
 const char* healthy_bce_cuda(const Problem& problem, double* workspace, CUstream_st* stream);
+const char* healthy_cuda_scratch(char** memory);
 
 namespace {
 std::string fault;
@@ -49,13 +50,16 @@ const char* bce_cuda(const Problem& given, double* workspace, CUstream_st* strea
   return error;
 }
 
+const char* cuda_scratch(char** memory) {
+  return fault == "no image" ? cudaGetErrorString(kNoImage) : healthy_cuda_scratch(memory);
+}
+
 }  // namespace jax_bce
 
 int main(int count, char** arguments) {
   using namespace jax_bce;
   if (count > 1) fault = arguments[1];
   old_driver = fault == "old driver";
-  no_image = fault == "no image";
   const std::string first = known_answer_of_devices_in_use();
   const int first_calls = calls;
   const std::string second = known_answer_of_devices_in_use();

@@ -87,8 +87,10 @@ inline cudaError_t cudaMemset(void* to, int byte, size_t size) {
   if (size > 0) memset(to, byte, size);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
-  return cudaMemset(to, byte, size);
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
   if (size > 0) memcpy(to, from, size);

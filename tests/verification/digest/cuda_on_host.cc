@@ -27,11 +27,11 @@ ffi::Error run(ffi::ThreadPool, ffi::AnyBuffer logits, ffi::AnyBuffer labels, ff
   fegetenv(&mode);
   fesetenv(FE_DFL_ENV);
   std::vector<double> workspace(cuda_workspace(problem.rows(), problem.columns()));
+  if (problem.parts > 1 && problem.parts < static_cast<int64_t>(workspace.size()))
+    return invalid("room for " + std::to_string(workspace.size()) + " float64 sums is missing");
   cudaStream_t stream;
   cudaStreamCreate(&stream);
   const char* error = bce_cuda(problem, workspace.data(), stream);
-  if (const int64_t spare = spare_sums(problem, results); spare > 0 && !error)
-    error = cuda_zero(static_cast<double*>(problem.loss.data) + problem.rows(), spare, stream);
   cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   fesetenv(&mode);

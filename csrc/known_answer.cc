@@ -6,6 +6,8 @@
 // accuracy contract says (bce_math.h): a GPU may round the last bit differently. All functions of
 // logits are in the table; the rest is the definition of the loss. Every factor is a power of two,
 // so that it rounds nothing.
+#include "known_answer.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -22,7 +24,6 @@
 #include <vector>
 
 #include "bce_cuda.h"
-#include "known_answer.h"
 
 namespace jax_bce {
 namespace {
@@ -135,10 +136,6 @@ void must(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Not allocated: that could wait for other work on the device.
-constexpr size_t kScratch = 2400 << 10;
-__device__ alignas(256) char scratch[kScratch];
-
 struct Case {
   Type logits, labels;
   int64_t rows, columns;
@@ -147,6 +144,7 @@ struct Case {
   Type results;  // of elements
   int modifiers = 0;
   bool total = false;
+  int64_t parts = 1;  // of the loss
 };
 
 class Call {
@@ -155,7 +153,7 @@ class Call {
 
   void run(cudaStream_t stream) {
     char* device = nullptr;
-    must(cudaGetSymbolAddress(reinterpret_cast<void**>(&device), scratch));
+    if (const char* error = cuda_scratch(&device)) throw std::runtime_error(error);
     const Problem problem = build(device);
     if (image_.size() > kScratch) throw std::runtime_error("the test needs more scratch memory");
     std::vector<char> found(image_.size()), again(image_.size());
@@ -261,12 +259,17 @@ class Call {
       *at = wanted ? place(type, count) : 0;
       return Result{wanted ? device + *at : nullptr, type};
     };
-    const Type loss_type = c.reduce ? arithmetic : c.results;
-    problem.loss = result(c.loss, loss_type, c.reduce ? c.rows : size, &loss_);
+    problem.parts = c.parts;
+    problem.loss = result(c.loss, loss_type(), c.reduce ? c.rows * c.parts : size, &loss_);
     problem.gradient = result(c.gradient, c.results, size, &gradient_);
-    workspace_ = place(kF64, cuda_workspace(c.rows, c.columns));
+    workspace_ = place(kF64, room());
     return problem;
   }
+
+  Type loss_type() const {
+    return !c.reduce ? c.results : c.logits == kF64 || c.parts > 1 ? kF64 : kF32;
+  }
+  int64_t room() const { return c.parts > 1 ? 0 : cuda_workspace(c.rows, c.columns); }
 
   void check(std::vector<char>& found) const {
     const int64_t size = c.rows * c.columns;
@@ -293,13 +296,21 @@ class Call {
     for (int64_t row = 0; c.loss && c.reduce && row < c.rows; ++row) {
       long double sum = 0;
       for (int64_t i = row * c.columns; i < (row + 1) * c.columns; ++i) sum += expected(i).loss;
-      compare("sum", loss_, c.logits == kF64 ? kF64 : kF32, row, static_cast<double>(sum),
+      if (c.parts > 1) add_up(&found[loss_]);
+      compare("sum", loss_, loss_type(), row, static_cast<double>(sum),
               of_focal * format(c.logits).sum * static_cast<double>(sum));
     }
     // With the results gone, everything is as it was but for the workspace.
-    const size_t room = cuda_workspace(c.rows, c.columns) * sizeof(double);
-    std::memset(&found[workspace_], 0x5a, room);
+    std::memset(&found[workspace_], 0x5a, room() * sizeof(double));
     if (found != image_) fail("something beside the results was written");
+  }
+
+  // Replaces the parts of the loss by their sum.
+  void add_up(char* parts) const {
+    double sum = 0;
+    for (int64_t i = 0; i < c.parts; ++i) sum += read(kF64, parts + i * sizeof sum);
+    std::memset(parts, 0x5a, c.parts * sizeof sum);
+    write(kF64, parts, sum);
   }
 
   [[noreturn]] void fail(const std::string& what) const {
@@ -326,11 +337,12 @@ void test(cudaStream_t stream) {
   constexpr int kWeights = 1 << kWeight | 1 << kSampleWeight | 1 << kPosWeight | 1 << kWhere;
   for (Type logits : {kF32, kBF16, kF16, kF64})
     for (const auto [rows, columns] : kShapes) {
-      const auto run = [&, rows = rows, columns = columns](
-                           Type labels, int offset, bool soft, bool reduce, bool loss,
-                           bool gradient, Type results, int modifiers = 0, bool total = false) {
+      const auto run = [&, rows = rows, columns = columns](Type labels, int offset, bool soft,
+                                                           bool reduce, bool loss, bool gradient,
+                                                           Type results, int modifiers = 0,
+                                                           bool total = false, int64_t parts = 1) {
         Call({logits, labels, rows, columns, offset, soft, reduce, loss, gradient, results,
-              modifiers, total})
+              modifiers, total, parts})
             .run(stream);
       };
       for (Type labels : {Type::kU8, kF16, kBF16, kF32, kF64}) {
@@ -353,6 +365,11 @@ void test(cudaStream_t stream) {
       run(kF32, 1, false, false, true, true, logits, 1 << kGamma | 1 << kWeight);
       if (logits == kF32 || logits == kF64)
         run(Type::kU8, 0, false, true, true, false, logits, kWeights & ~(1 << kPosWeight), true);
+      if (rows > 1) continue;
+      const int64_t parts = columns / kGroup + 300;  // more than there are groups
+      for (Type labels : {Type::kU8, kBF16, kF32})
+        run(labels, 0, false, true, true, true, logits, 0, false, parts);
+      run(Type::kU8, 0, false, true, true, true, logits, kWeights, false, parts);
     }
   // More blocks than a warp adds up.
   Call({kBF16, Type::kU8, 1, 33 * kBlock + 5, 0, false, true, true, false, kBF16}).run(stream);
