@@ -363,8 +363,9 @@ struct AnyQuad {
     constexpr int kWords = sizeof(Scalar) / 4;
     const int width = width_of(type);
     const uint32_t word = quad.word(0) * (is<1>(width) ? 0x1010101 : is<2>(width) ? 0x10001 : 1);
+    const uint32_t odd = kWords == 2 && is<8>(width) ? quad.word(1) : word;
     BCE_UNROLL
-    for (int i = 0; i < kWords * kQuad; ++i) quad.word(i) = i % kWords == 0 ? word : quad.word(1);
+    for (int i = 0; i < kWords * kQuad; ++i) quad.word(i) = i % 2 ? odd : word;
     return quad;
   }
   __device__ void set(int c, Type type, const void* data, int64_t i) {

@@ -144,7 +144,8 @@ struct Case {
   Type results;  // of elements
   int modifiers = 0;
   bool total = false;
-  int64_t parts = 1;  // of the loss
+  int64_t parts = 1;       // of the loss
+  bool one_label = false;  // for all
 };
 
 class Call {
@@ -182,6 +183,7 @@ class Call {
   bool smooth() const { return c.soft && c.labels == Type::kU8; }
   double label(int64_t i) const {
     constexpr double kSoft[] = {0.25, 1, 0.75, 0};
+    if (c.one_label) return 1;
     return c.soft && !smooth() ? kSoft[i % 4] : i % 2;
   }
   bool kept(int64_t i) const {
@@ -234,7 +236,7 @@ class Call {
     problem.rank = 2;
     problem.shape[0] = c.rows, problem.shape[1] = c.columns;
     problem.logits = operand(c.logits, size, [&](int64_t i) { return row(i).logit; });
-    problem.labels = operand(c.labels, size, [&](int64_t i) { return label(i); });
+    problem.labels = operand(c.labels, c.one_label ? 1 : size, [&](int64_t i) { return label(i); });
     problem.scale = operand(arithmetic, 1, [](int64_t) { return 4 * kFactor; });
     problem.inverse_count = 0.25;
     problem.smoothing = operand(arithmetic, 1, [&](int64_t) { return smooth() ? 0.5 : 0; });
@@ -337,12 +339,12 @@ void test(cudaStream_t stream) {
   constexpr int kWeights = 1 << kWeight | 1 << kSampleWeight | 1 << kPosWeight | 1 << kWhere;
   for (Type logits : {kF32, kBF16, kF16, kF64})
     for (const auto [rows, columns] : kShapes) {
-      const auto run = [&, rows = rows, columns = columns](Type labels, int offset, bool soft,
-                                                           bool reduce, bool loss, bool gradient,
-                                                           Type results, int modifiers = 0,
-                                                           bool total = false, int64_t parts = 1) {
+      const auto run = [&, rows = rows, columns = columns](
+                           Type labels, int offset, bool soft, bool reduce, bool loss,
+                           bool gradient, Type results, int modifiers = 0, bool total = false,
+                           int64_t parts = 1, bool one_label = false) {
         Call({logits, labels, rows, columns, offset, soft, reduce, loss, gradient, results,
-              modifiers, total, parts})
+              modifiers, total, parts, one_label})
             .run(stream);
       };
       for (Type labels : {Type::kU8, kF16, kBF16, kF32, kF64}) {
@@ -350,6 +352,7 @@ void test(cudaStream_t stream) {
         run(labels, 0, false, true, true, true, logits);
         run(labels, 1, true, true, true, true, logits);
         run(labels, 0, false, false, true, true, logits);
+        if (rows == 1) run(labels, 0, false, true, true, true, logits, 0, false, 1, true);
       }
       run(Type::kU8, 0, false, true, true, false, logits);
       run(Type::kU8, 0, false, false, false, true, logits);

@@ -319,6 +319,11 @@ int main(int count, char** arguments) {
                  reduce && (results & 1), (results & 1) != 0, (results & 2) != 0, one_label, scales,
                  wide, cases % 3 == 0});
       }
+  // One label for all.
+  for (Type logits : {Type::kF16, Type::kBF16, Type::kF32, Type::kF64})
+    for (Type labels : kTypes)
+      for (bool reduce : {false, true})
+        run({logits, labels, 1, 1040, 0, reduce, true, true, true, false, false, false});
   for (Type logits : {Type::kF16, Type::kBF16, Type::kF32})
     for (int64_t n : {37, 1040, 9000})
       for (bool reduce : {false, true})
