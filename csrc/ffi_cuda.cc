@@ -26,14 +26,15 @@ ffi::Error run(CUstream_st* stream, ffi::AnyBuffer logits, ffi::AnyBuffer labels
   problem.total = kTotal;
   if (kTotal && !problem.reduce) return invalid("total needs a reduced_rank of at least 1, got 0");
   constexpr size_t kResults = size_t{kLoss} + size_t{kGradient};
-  // The workspace may be larger than needed if the sizes were unknown when the program was
-  // compiled.
+  // The sums of groups are parts of the loss, or in a workspace, which may be larger than needed if
+  // the sizes were unknown when the program was compiled.
+  const bool in_parts = problem.parts > 1;
   const int64_t needed = problem.reduce ? cuda_workspace(problem.rows(), problem.columns()) : 0;
   double* workspace = nullptr;
-  int64_t room = problem.parts > 1 ? problem.parts : 0;
+  int64_t room = in_parts ? problem.parts : 0;
   if (results.size() > kResults) {
     auto sums = results.get<ffi::AnyBuffer>(kResults);
-    if (results.size() > kResults + 1 || !sums.has_value() ||
+    if (results.size() > kResults + 1 || in_parts || !sums.has_value() ||
         (*sums)->element_type() != ffi::DataType::F64)
       return invalid("a result too many");
     workspace = static_cast<double*>((*sums)->untyped_data());

@@ -129,12 +129,13 @@ def test_every_length(cuda: str) -> None:
     oracle.assert_same_bits(each(problems, cuda), by_the_cpu_kernel(each, problems))
 
 
-def in_parts(logits: np.ndarray, labels: np.ndarray, parts: int) -> list[jax.Array]:
+def in_parts(
+    logits: np.ndarray, labels: np.ndarray, parts: int, workspace: int = 0
+) -> list[jax.Array]:
     """Mean and gradient by the handler, the mean as so many float64 numbers."""
+    shapes = [((parts,), FLOAT64), (logits.shape, FLOAT32), ((workspace,), FLOAT64)]
     with jax.enable_x64(True):
-        results = [
-            jax.ShapeDtypeStruct(*each) for each in (((parts,), FLOAT64), (logits.shape, FLOAT32))
-        ]
+        results = [jax.ShapeDtypeStruct(*each) for each in shapes[: 3 if workspace else 2]]
         call = jax.ffi.ffi_call("jax_bce_v3_loss_and_grad", results, has_side_effect=True)
         attributes = {"modifiers": 0, "reduced_rank": 1, "count": logits.size}
         numbers = {name: np.int64(number) for name, number in attributes.items()}
@@ -154,6 +155,8 @@ def test_a_mean_in_parts(cuda: str, size: int) -> None:
     if groups > 2:
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"room for {groups} float64 sums"):
             in_parts(*operands, groups - 1)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a result too many"):
+            in_parts(*operands, groups - 1, workspace=groups)
 
 
 GRIDS = [(2**20 + 3, 5), (70_001, 33), (70_001, GROUP), (70_001, GROUP + 1), (999, BLOCK + 1)]

@@ -85,6 +85,11 @@ PROMISES: dict[str, list[tuple[str, str, str | Callable[[Records], str]]]] = {
             "{memory, address.calls:,} calls",
         ),
         (
+            "The same of the handlers and kernels for CUDA",
+            "their source, compiled for the host, under both sanitizers",
+            "{memory, CUDA.calls:,} calls, {memory, CUDA.compared:,} of them compared",
+        ),
+        (
             "No data races",
             "ThreadSanitizer: 8 callers that share pools of 0, 1 and 4 threads",
             "{memory, thread.calls:,} calls",

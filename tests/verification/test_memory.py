@@ -1,8 +1,9 @@
-"""The handlers and loops of the CPU kernel stay within their memory, whatever they are called with.
+"""The handlers and kernels stay within their memory, whatever they are called with.
 
 The sources are compiled with each sanitizer into a program that calls the handlers without XLA
 (handlers/). Every array lies between two pages that fault, operands are read-only, and results have
-the same bits at either end of their pages and on any number of threads.
+the same bits at either end of their pages and on any number of threads. Those of CUDA are compiled
+for the host.
 """
 
 import os
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.any_jax
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES, HERE = ROOT / "csrc", Path(__file__).parent / "handlers"
+CUDA_ON_HOST = ROOT / "tests" / "cuda_kernel" / "on_host"
 FLAGS = ["-O1", "-g1", "-std=c++17", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
 # Each instruction set's namespace and options, as in CMakeLists.txt.
@@ -34,6 +36,7 @@ SETS = {
 }
 FIRST = "aarch64" if platform.machine() == "aarch64" else "x86-64-v3"
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
+ON_CUDA = ["-Og", "-std=c++20", "-DON_CUDA", "-Wno-unknown-pragmas", "-I", str(CUDA_ON_HOST)]
 FUZZER = ["-fsanitize=fuzzer-no-link,address", "-DFUZZ"]
 
 
@@ -43,6 +46,7 @@ def build(
     sets: Sequence[str] = (FIRST,),
     compiler: str = "g++",
     options: Sequence[str] = (),
+    cuda: bool = False,
 ) -> Path:
     """The program; one process for each source file."""
     flags = [*FLAGS, *options]
@@ -51,9 +55,13 @@ def build(
     if compiler != "g++":  # an older one warns of other things
         flags = [flag for flag in flags if not flag.startswith("-W")]
     test = ["-I", str(HERE / "stub"), "-isystem", jax.ffi.include_dir(), str(HERE / "test.cc")]
-    one = ["-DONE_INSTRUCTION_SET"] if FIRST != "aarch64" and len(sets) == 1 else []
+    single = FIRST != "aarch64" and len(sets) == 1 and not cuda
+    one = ["-DONE_INSTRUCTION_SET"] if single else []
     jobs = {folder / "test.o": [*SETS[FIRST][1], *one, *test]}
-    for name in sets:
+    if cuda:
+        flags += ON_CUDA
+        jobs[folder / "bce_cuda.o"] = [*SETS[FIRST][1], "-x", "c++", str(SOURCES / "bce_cuda.cu")]
+    for name in () if cuda else sets:
         space, own = SETS[name]
         for source in SOURCES.glob("bce_cpu_*.cc"):
             own_flags = [*own, f"-DBCE_INSTRUCTION_SET={space}"]
@@ -126,6 +134,25 @@ def test_sanitizers(cpu: str, tmp_path: Path, sanitizer: str, full: bool, record
         calls=sum(int(count["calls"]) for count in counts.values()),
         compared=sum(int(count["compared"]) for count in counts.values()),
         sizes_apart=next((mode[1] for mode in modes(full, sanitizer) if mode[0] == "sizes"), None),
+    )
+
+
+@pytest.mark.thorough
+def test_cuda_on_the_host(cpu: str, tmp_path: Path, full: bool, record: Callable) -> None:
+    program = build(tmp_path, SANITIZERS["address"], cuda=True)
+    runs = [
+        ("sizes", 3 if full else 331),
+        ("modifiers", 10 if full else 1),
+        ("random", 1, 20_000 if full else 300),
+        ("corpus", HERE / "corpus.txt"),
+    ]
+    counts = {each[0]: run(program, *each, instruction_set="cuda") for each in runs}
+    assert all(int(count["compared"]) > 0 for count in counts.values())
+    assert int(counts["random"]["refused"]) > 0
+    record(
+        "memory, CUDA",
+        calls=sum(int(count["calls"]) for count in counts.values()),
+        compared=sum(int(count["compared"]) for count in counts.values()),
     )
 
 

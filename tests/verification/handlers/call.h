@@ -1,5 +1,6 @@
-// A call of a CPU handler without XLA: drawn at random, with memory that faults right before and
-// behind every array, and compared with the definition in long double.
+// A call of a handler without XLA: drawn at random, with memory that faults right before and behind
+// every array, and compared with the definition in long double. With -DON_CUDA the handlers are
+// those for platform "CUDA", and the kernel's source runs on the host (../../cuda_kernel/on_host/).
 #pragma once
 
 #include <sys/mman.h>
@@ -15,7 +16,13 @@
 #include <string>
 #include <vector>
 
+#if defined(ON_CUDA)
+#define BCE_CUDA_MACHINE_CODE 0
+#define BCE_CUDA_PTX 0
+#include "../../../csrc/ffi_cuda.cc"
+#else
 #include "../../../csrc/ffi_cpu.cc"
+#endif
 #include "../../pool.h"
 
 #if defined(ONE_INSTRUCTION_SET)  // the other is the same
@@ -25,6 +32,21 @@ const CpuLoop kFloat32 = baseline::kFloat32, kFloat64 = baseline::kFloat64;
 #endif
 
 namespace jax_bce {
+
+#if defined(ON_CUDA)
+constexpr bool kOnCuda = true;
+std::string known_answer(int) { return ""; }
+std::string known_answer_of_devices_in_use() { return ""; }
+inline const char* instruction_set() { return "cuda"; }
+constexpr XLA_FFI_Handler* kHandlers[] = {BceLoss, BceLossAndGrad, BceGrad, BceTotal};
+#else
+constexpr bool kOnCuda = false;
+constexpr int64_t cuda_workspace(int64_t, int64_t) { return 0; }
+inline const char* instruction_set() { return kernel ? kernel->instruction_set : "no kernel"; }
+constexpr XLA_FFI_Handler* kHandlers[] = {BceLoss, BceLossAndGrad, BceGrad, BceTotal,
+                                          BceHessAndGrad};
+#endif
+constexpr int kTargets = std::size(kHandlers);
 
 // Choices from the bytes of a fuzzer, or from a seed.
 class Source {
@@ -125,8 +147,8 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
   Drawn call;
   const Shape shape = given_shape ? *given_shape : any_shape(source);
   const int64_t rank = shape.size();
-  constexpr int kTargets[] = {0, 1, 2, 4, 3};
-  call.target = kTargets[source.below(rank > 0 ? 5 : 4)];
+  constexpr int kOrder[] = {0, 1, 2, kOnCuda ? 1 : 4, 3};
+  call.target = kOrder[source.below(rank > 0 ? 5 : 4)];
   const int64_t least = call.target == 3;  // a total is a sum
   call.reduced_rank = call.hessian() ? 0 : least + source.below(rank + 1 - least);
   const int64_t leading = rank - call.reduced_rank;
@@ -167,19 +189,25 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
     call.operands.push_back({arithmetic, factor()});
   const auto element = [&] { return wide ? ffi::DataType::F64 : kFloats[source.below(3)]; };
   const Shape rows(shape.begin(), shape.begin() + leading);
+  const auto groups = [&](int64_t rows) {
+    return cuda_workspace(rows, size_of(Shape(shape.begin() + leading, shape.end())));
+  };
   if (call.loss()) {
     const ffi::DataType total = source.chance(2) ? ffi::DataType::F64 : arithmetic;
     call.results.push_back({sums ? total : element(), sums ? rows : shape});
-    // A sum of everything may be followed by zeros.
+    // A sum of everything may be in parts.
     if (sums && total == ffi::DataType::F64 && size_of(rows) == 1 && source.chance(4))
-      call.results[0].shape = {5};
+      call.results[0].shape = {5 + groups(1)};
   }
   if (call.gradient()) call.results.push_back({element(), shape});
+  if (sums && call.results[0].shape == rows && groups(size_of(rows)) > 0)
+    call.results.push_back({ffi::DataType::F64, {groups(size_of(rows))}});
   call.count = 1 + source.below(100);
   call.tame = source.chance(2);
   call.seed = source.below(1 << 24);
   // Subnormal results or operands are 0; or another rounding.
   call.flags = source.of({0u, 0x8000u, 0x0040u, 0x8040u, 0x2000u, 0x4000u, 0x6000u});
+  if (kOnCuda) call.flags = 0;  // what a GPU does not know
   if (!may_be_wrong || !source.chance(2)) return call;
 
   std::vector<Buffer>& arrays = source.chance(4) ? call.results : call.operands;
@@ -383,6 +411,10 @@ inline XLA_FFI_Api make_api() {
         [task = args->task, data = args->data] { task(data); });
     return nullptr;
   };
+  api.XLA_FFI_Stream_Get = +[](XLA_FFI_Stream_Get_Args* args) -> XLA_FFI_Error* {
+    args->stream = nullptr;
+    return nullptr;
+  };
   return api;
 }
 
@@ -430,8 +462,6 @@ inline std::string invoke(const Drawn& call, const std::vector<char*>& at, Pool&
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(call.results.size()),
                 ret_types.data(), pointers.data() + operands};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 3, attr_types, name_pointers, scalar_pointers};
-  constexpr XLA_FFI_Handler* kHandlers[] = {BceLoss, BceLossAndGrad, BceGrad, BceTotal,
-                                            BceHessAndGrad};
   XLA_FFI_Error* error = kHandlers[call.target](&frame);
   if (!error) return "";
   const auto message = reinterpret_cast<std::string*>(error);
@@ -490,7 +520,7 @@ inline Element focal(long double x, long double y, long double gamma_neg, long d
 // Why the results are not near the definition, or "".
 inline std::string compare(const Drawn& call, const std::vector<std::string>& names,
                            const std::vector<std::vector<char>>& values,
-                           const std::vector<std::vector<char>>& results) {
+                           std::vector<std::vector<char>> results) {
   const int64_t rank = call.operands[0].shape.size();
   Shape full(rank, 1);
   for (const Buffer& array : call.operands)
@@ -556,6 +586,13 @@ inline std::string compare(const Drawn& call, const std::vector<std::string>& na
   const int64_t size = size_of(full);
   long double total = 0, total_scale = 0;
   const int64_t rows = sums ? size_of(Shape(full.begin(), full.end() - call.reduced_rank)) : 0;
+  if (kOnCuda && rows == 1 && call.results[0].size() > 1) {  // the sum, in whatever parts
+    double sum = 0;
+    for (size_t at = 0; at < results[0].size(); at += sizeof sum)
+      sum += take<double>(&results[0][at]);
+    std::fill(results[0].begin(), results[0].end(), 0);
+    put(results[0].data(), sum);
+  }
   for (int64_t row = 0; sums && columns == 0 && row < rows; ++row) check(0, row, 0, 0);
   Shape at(rank);
   for (int64_t i = 0; i < size; ++i) {

@@ -1,4 +1,4 @@
-// The CPU handlers, called without XLA, for AddressSanitizer, UndefinedBehaviorSanitizer,
+// The handlers, called without XLA, for AddressSanitizer, UndefinedBehaviorSanitizer,
 // ThreadSanitizer, valgrind and a fuzzer; see call.h.
 //
 //     test sizes STRIDE        every size from 0 to three blocks, or one in so many
@@ -65,7 +65,7 @@ Counts modifiers(int times) {
     if (focal && (times > 1 ? bits >> kPosWeight & 1 : bits % 16 != bits >> kGamma)) continue;
     for (const int64_t more : {0, 3, 4, 7}) {  // a divisor's parts, and the power as a constant
       if (more > 3 && !focal) continue;
-      for (int target = 0; target < (focal ? 4 : 5); ++target)
+      for (int target = 0; target < (focal ? 4 : kTargets); ++target)
         for (int time = 0; time < times; ++time) {
           Source source(((bits * 8 + more) * 5 + target) * 1000 + time);
           Drawn call;
@@ -161,10 +161,9 @@ int main(int size, char** arguments) {
                         : what == "corpus"    ? corpus(arguments[2])
                                               : Counts();
   std::printf("%s on %s: %lld calls, %lld refused, %lld compared, %lld wrong, digest %016llx\n",
-              what.c_str(), kernel ? kernel->instruction_set : "no kernel",
-              static_cast<long long>(counts.calls), static_cast<long long>(counts.refused),
-              static_cast<long long>(counts.compared), static_cast<long long>(counts.wrong),
-              static_cast<unsigned long long>(counts.digest));
+              what.c_str(), instruction_set(), static_cast<long long>(counts.calls),
+              static_cast<long long>(counts.refused), static_cast<long long>(counts.compared),
+              static_cast<long long>(counts.wrong), static_cast<unsigned long long>(counts.digest));
   return counts.calls == 0 || counts.wrong > 0;
 }
 

@@ -1,4 +1,4 @@
-// What csrc/ffi_common.h and ffi_cpu.cc use of pybind11, without Python: the handlers are called
+// What csrc/ffi_common.h, ffi_cpu.cc and ffi_cuda.cc use of pybind11, without Python: the handlers are called
 // directly, and nothing is defined for a module.
 #pragma once
 
@@ -23,8 +23,8 @@ struct dict {
 };
 
 struct module_ {
-  template <class F>
-  void def(const char*, F) {}
+  template <class F, class... More>
+  void def(const char*, F, More...) {}
   object attr(const char*) { return {}; }
 };
 
@@ -34,5 +34,9 @@ object make_tuple(T...) {
 }
 
 inline int mod_gil_not_used() { return 0; }
+
+struct gil_scoped_release {};
+template <class T>
+struct call_guard {};
 
 }  // namespace pybind11
