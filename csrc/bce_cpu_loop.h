@@ -824,7 +824,7 @@ class Inputs {
         dropped_ &= factor.is_zero();
         zeros_ |= factor.is_zero();
         powers_ |= factor.power != 1;
-        tame_ &= factor.rest >= 0 && factor.rest <= Factor<Scalar>::kPower;
+        tame_ &= factor.rest > 0 && factor.rest <= Factor<Scalar>::kPower;
         for (const int end = k + width; k < end; ++k)
           power_[k] = factor.is_zero() ? Scalar(0) : static_cast<Scalar>(factor.power);
       }

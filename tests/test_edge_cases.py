@@ -269,3 +269,16 @@ def test_a_loss_of_minus_infinity(implementation: str, logit: float, label: int)
         np.float32([logit]), np.int32([label]), reduction="none", implementation=implementation
     )
     assert loss[0] == -INF
+
+
+def test_masked_gradients_are_not_negative_zeros(cpu: str) -> None:
+    """By a kernel that knows the factor, even where that is -0."""
+    logits, labels = np.linspace(-3, 3, 64, dtype=FLOAT32), np.arange(64) % 2
+    where = np.arange(64) % 3 > 0
+
+    def negative(x):
+        keywords = {"normalizer": np.float32(INF), "residuals": "recompute"}
+        return -jax_bce.loss(x, labels, where=where, reduction="sum", **keywords)
+
+    gradient = np.asarray(jax.jit(jax.grad(negative))(logits))
+    assert not np.any(np.signbit(gradient[~where]))
