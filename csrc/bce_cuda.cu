@@ -3,7 +3,7 @@
 // Elements are consecutive in the results, and so they are evaluated (bce_cuda_loop.cuh): by groups
 // of 1024, each by a warp; or, if short rows are to be added up, by tiles of whole rows, each by a
 // thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel, unless
-// one thread block has evaluated them all.
+// one thread block has evaluated them all, or the caller adds them up.
 //
 // There is a kernel for each usual pair of dtypes, one for any other labels of each width of
 // logits, and, in each arithmetic, one for modifiers and focal losses. Everything else is the same

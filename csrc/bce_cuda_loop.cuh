@@ -11,8 +11,9 @@
 // A focal loss has no such loop.
 //
 // Where another turn comes, the loop ends, the turn is evaluated an element at a time, which takes
-// several times as long, and the loop begins again behind it. Only those of float32 logits and hard
-// labels, whose logits may be padding, take little longer than common ones.
+// several times as long, and the loop begins again behind it. Only where logits are float32, and
+// labels hard and float32 or a byte, does a logit far from 0, such as padding, cost little: if
+// there is a gradient, and neither smoothing nor modifiers.
 #pragma once
 
 #include "bce_cuda_numbers.cuh"
