@@ -189,15 +189,18 @@ inline Drawn draw(Source& source, const Shape* given_shape = nullptr, int64_t mo
     call.operands.push_back({arithmetic, factor()});
   const auto element = [&] { return wide ? ffi::DataType::F64 : kFloats[source.below(3)]; };
   const Shape rows(shape.begin(), shape.begin() + leading);
+  // The room that sums need, or less.
+  const int64_t missing = kOnCuda && may_be_wrong && source.chance(4) ? 1 + source.below(8) : 0;
   const auto groups = [&](int64_t rows) {
-    return cuda_workspace(rows, size_of(Shape(shape.begin() + leading, shape.end())));
+    const int64_t all = cuda_workspace(rows, size_of(Shape(shape.begin() + leading, shape.end())));
+    return std::max<int64_t>(0, all - missing);
   };
   if (call.loss()) {
     const ffi::DataType total = source.chance(2) ? ffi::DataType::F64 : arithmetic;
     call.results.push_back({sums ? total : element(), sums ? rows : shape});
     // A sum of everything may be in parts.
     if (sums && total == ffi::DataType::F64 && size_of(rows) == 1 && source.chance(4))
-      call.results[0].shape = {5 + groups(1)};
+      call.results[0].shape = {5 - (missing ? 3 : 0) + groups(1)};
   }
   if (call.gradient()) call.results.push_back({element(), shape});
   if (sums && call.results[0].shape == rows && groups(size_of(rows)) > 0)
