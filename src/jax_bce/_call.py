@@ -7,9 +7,9 @@ of size d, is reshaped to (g, d / g), where g is the largest number of equal par
 can require, and everything after g is a block. The kernel sums blocks, and XLA adds their sums, on
 each device and then across devices. If everything is summed, the kernel sums all of a device's
 blocks as one row, however short they are, into fewer numbers, for XLA to add up: one for each part
-into which XLA may split the blocks, and on a GPU, one for each 1,024 elements. It does not where XLA
-may pad a dimension to divide it, since the kernel would add the padding to the sum. The operands'
-shardings are not known here: XLA propagates them later.
+into which XLA may split the blocks, and on a GPU, one for each 1,024 elements. It does not where
+XLA may pad a dimension to divide it, since the kernel would add the padding to the sum. The
+operands' shardings are not known here: XLA propagates them later.
 """
 
 import functools
