@@ -1,5 +1,5 @@
-// What csrc/ffi_common.h, ffi_cpu.cc and ffi_cuda.cc use of pybind11, without Python: the handlers are called
-// directly, and nothing is defined for a module.
+// What csrc/ffi_common.h, ffi_cpu.cc and ffi_cuda.cc use of pybind11, without Python: the handlers
+// are called directly, and nothing is defined for a module.
 #pragma once
 
 #define PYBIND11_MODULE(name, module, ...) \
