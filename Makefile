@@ -61,6 +61,17 @@ test-floor test-between test-newest: test-%: .venv-%/.versions
 wheels: $$(foreach version,3.11 3.12 3.13 3.14 3.15,$$(if $$(call find,$$(version)),dist/.tried-$$(version)))
 	ls -sh dist/*.whl
 
+# How long a processor takes to compile a release's modules, and their sizes: without what pip installs
+# and needs itself. Needs cmake and nvcc.
+.PHONY: compile-time
+compile-time: $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'pybind11>=3.0,<4'
+	rm -rf build/timed
+	cmake -S . -B build/timed -D JAX_BCE_CUDA=ON -D Python_EXECUTABLE=$(abspath $(RUN)) \
+	  -D pybind11_DIR="$$($(RUN) -m pybind11 --cmakedir)"
+	bash -c 'time cmake --build build/timed'
+	ls -l build/timed/*.so
+
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
