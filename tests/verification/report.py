@@ -297,14 +297,12 @@ def page(file: Path) -> str:
         "[transforms.md](transforms.md).",
     ]
     for target, promises in PROMISES.items():
-        last = max(
-            (record for step, record in records.items() if step.partition(",")[0] == target),
-            key=lambda record: record["date"],
-        )
+        own = [record for step, record in records.items() if step.partition(",")[0] == target]
+        last = max(own, key=lambda record: record["date"])
+        days = sorted({record["date"][:10] for record in own})
+        dates = " to ".join(dict.fromkeys((days[0], days[-1])))
         lines += ["", f"## `make verify-{target}`", ""]
-        lines += [
-            f"{last['date'][:10]}, {last['device']}, Python {last['python']}, JAX {last['jax']}"
-        ]
+        lines += [f"{dates}, {last['device']}, Python {last['python']}, JAX {last['jax']}"]
         lines += headed("promise", "how it is shown", "figure")
         lines += rows((p, how, filled(figure, records)) for p, how, figure in promises)
         if target == "exactness":
