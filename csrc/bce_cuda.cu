@@ -3,11 +3,12 @@
 // Elements are consecutive in the results, and so they are evaluated (bce_cuda_loop.cuh): by groups
 // of 1024, each by a warp; or, if short rows are to be added up, by tiles of whole rows, each by a
 // thread block. Sums of rows are in bce_cuda_rows.cuh; those of groups take a second kernel, unless
-// one thread block has evaluated them all, or the caller adds them up.
+// thread blocks that can wait for each other have evaluated them all, or the caller adds them up.
 //
 // There is a kernel for each usual pair of dtypes, one for any other labels of each width of
 // logits, and, in each arithmetic, one for modifiers and focal losses. Everything else is the same
 // for all threads and is decided at run time.
+#include <atomic>
 #include <utility>
 
 #include "bce_cuda.h"
@@ -71,22 +72,68 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
   for (int64_t i = plan.count + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < plan.parts;
        i += int64_t{gridDim.x} * kThreads)
     plan.sums[i] = 0;
-  if (!plan.one_block) return;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  double sum = 0;
-  for (int i = 0; i < plan.count; ++i) sum += plan.sums[i];
-  finish_row(plan, 0, plan.factor_at<Scalar>(0), sum);
+  if (!plan.one_launch) return;
+  sync_cluster();
+  if (blockIdx.x > 0) return;
+  for (int64_t row = warp; row < plan.rows; row += kWarps) {
+    const double sum = fold(sum_of_block(plan, row, threadIdx.x % kWarp));
+    if (threadIdx.x % kWarp == 0)
+      finish_row(plan, row, plan.factor_at<Scalar>(row * plan.columns), sum);
+  }
 }
 
-cudaError_t launch(void (*kernel)(Plan), int64_t blocks, int threads, int shared_bytes,
-                   CUstream_st* stream, const Plan& plan) {
+// Calls f with the configuration of a launch, whose thread blocks are a cluster if `cluster`.
+template <class F>
+cudaError_t configure(int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
+                      bool cluster, F f) {
+  cudaLaunchAttribute dimension = {};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, plan);
+  config.attrs = &dimension;
+  config.numAttrs = cluster;
+  return f(config);
+}
+
+cudaError_t launch(void (*kernel)(Plan), int64_t blocks, int threads, int shared_bytes,
+                   CUstream_st* stream, const Plan& plan, bool cluster = false) {
+  return configure(
+      blocks, threads, shared_bytes, stream, cluster,
+      [&](const cudaLaunchConfig_t& config) { return cudaLaunchKernelEx(&config, kernel, plan); });
+}
+
+// The largest cluster that the kernel's thread blocks can be on the device in use: a power of two,
+// and 1 before compute capability 9.0, or if there is no code for it. CUDA is asked once per
+// device, which is when the known-answer test launches the kernel.
+constexpr int kLargestCluster = 16;  // of any GPU
+template <void (*kKernel)(Plan)>
+int largest_cluster(int shared_bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
+  int size = known[device].load(std::memory_order_relaxed);
+  if (size > 0) return size;
+  cudaFuncAttributes code;
+  size = cudaFuncGetAttributes(&code, kKernel) == cudaSuccess && code.ptxVersion >= 90 &&
+                 cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+                     cudaSuccess
+             ? kLargestCluster
+             : 1;
+  const auto fits = [](const cudaLaunchConfig_t& config) {
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+    return error == cudaSuccess && clusters == 0 ? cudaErrorInvalidValue : error;
+  };
+  while (size > 1 && configure(size, kThreads, shared_bytes, nullptr, true, fits) != cudaSuccess)
+    size /= 2;
+  cudaGetLastError();  // clears a failure, which the next launch would report
+  known[device].store(size, std::memory_order_relaxed);
+  return size;
 }
 
 // Of the first device that is used: more or fewer on another one only divide the work less well.
@@ -109,15 +156,20 @@ int64_t grid(int64_t blocks, int blocks_at_once) {
 }
 
 template <class Logit, class Label, bool kModified = false>
-cudaError_t launch_for(const Plan& plan, CUstream_st* stream) {
+cudaError_t launch_for(Plan plan, CUstream_st* stream) {
   using Scalar = ScalarOf<Logit>;
-  const bool tiles = plan.tile_rows > 0;
+  constexpr auto kKernel = evaluate<Logit, Label, kModified>;
+  constexpr int kShared = kFactorBytes<Scalar>;
+  const bool tiles = plan.tile_rows > 0, two_steps = plan.reduce && !tiles && plan.parts == 1;
   const int blocks = tiles ? plan.count : plan.count > 0 ? (plan.count + kWarps - 1) / kWarps : 1;
-  const cudaError_t error =
-      launch(evaluate<Logit, Label, kModified>, grid(blocks, kBlocksAtOnce<Logit, kModified>),
-             kThreads, kFactorBytes<Scalar> + (tiles ? kTileBytes<Scalar> : 0), stream, plan);
-  if (error != cudaSuccess || !plan.reduce || tiles || plan.one_block || plan.parts > 1)
-    return error;
+  int cluster = 1;  // of which the last thread blocks may have no groups
+  while (two_steps && cluster < blocks && cluster < kLargestCluster) cluster *= 2;
+  plan.one_launch = two_steps && blocks <= cluster &&
+                    (blocks == 1 || cluster <= largest_cluster<kKernel>(kShared));
+  const cudaError_t error = launch(
+      kKernel, plan.one_launch ? cluster : grid(blocks, kBlocksAtOnce<Logit, kModified>), kThreads,
+      kShared + (tiles ? kTileBytes<Scalar> : 0), stream, plan, plan.one_launch && cluster > 1);
+  if (error != cudaSuccess || !two_steps || plan.one_launch) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
                                                                               : 1;
@@ -235,7 +287,6 @@ Plan plan_for(const Problem& problem, double* sums, bool* modified) {
   } else {
     plan.groups_in_row = (plan.columns + kGroup - 1) / kGroup;
     plan.count = static_cast<int>(plan.rows * plan.groups_in_row);
-    plan.one_block = in_rows && plan.rows == 1 && plan.count <= kWarps && plan.parts == 1;
   }
   plan.dense = plan.logits().form == Form::kEach &&
                (plan.labels().form == Form::kEach || plan.labels().form == Form::kOne);

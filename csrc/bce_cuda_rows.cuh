@@ -118,12 +118,34 @@ __device__ double sum_of_warps(double number) {
   return sum;
 }
 
+// Waits for all threads of a cluster; of a thread block, where GPUs know no clusters. What others
+// have written before is there then.
+__device__ void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+#elif defined(__CUDACC__)
+  __syncthreads();
+#else
+  BCE_SYNC_CLUSTER_ON_HOST();
+#endif
+}
+
+// The sum of a block's groups; 0 behind the last block.
+__device__ double sum_of_block(const Plan& plan, int64_t row, int64_t block) {
+  const int64_t first = block * kGroupsInBlock, left = plan.groups_in_row - first;
+  const double* sums = plan.sums + row * plan.groups_in_row + first;
+  double sum = 0;
+  BCE_UNROLL
+  for (int group = 0; group < kGroupsInBlock; ++group)
+    if (group < left) sum += sums[group];
+  return sum;
+}
+
 // Adds up the groups of each row: their blocks, and these by as many threads as have one.
 template <class Scalar>
 __global__ void __launch_bounds__(kFinishingThreads)
     finish_rows(const __grid_constant__ Plan plan) {
-  const int64_t groups = plan.groups_in_row;
-  const int64_t blocks = (groups + kGroupsInBlock - 1) / kGroupsInBlock;
+  const int64_t blocks = (plan.groups_in_row + kGroupsInBlock - 1) / kGroupsInBlock;
   const int width = blocks == 1 ? 1 : blocks <= kWarp ? kWarp : kFinishingThreads;
   const int64_t rows_at_once = kFinishingThreads / width;
   for (int64_t begin = blockIdx.x * rows_at_once; begin < plan.rows;
@@ -131,16 +153,9 @@ __global__ void __launch_bounds__(kFinishingThreads)
     const int64_t row = begin + threadIdx.x / width;
     double sum = 0;
     if (row < plan.rows) {
-      const double* sums = plan.sums + row * groups;
 #pragma unroll 4
-      for (int64_t block = threadIdx.x % width; block < blocks; block += width) {
-        double of_block = 0;
-        BCE_UNROLL
-        for (int group = 0; group < kGroupsInBlock; ++group)
-          if (block * kGroupsInBlock + group < groups)
-            of_block += sums[block * kGroupsInBlock + group];
-        sum += of_block;
-      }
+      for (int64_t block = threadIdx.x % width; block < blocks; block += width)
+        sum += sum_of_block(plan, row, block);
     }
     if (width == kWarp) sum = fold(sum);
     if (width > kWarp) sum = sum_of_warps(sum);

@@ -34,15 +34,18 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
 
 @pytest.mark.any_jax
 @pytest.mark.parametrize(
-    ("sanitizers", "effort"),
+    ("sanitizers", "effort", "cluster"),
     [
-        pytest.param("", 1 if sample.everything else 0, id="bits"),
-        pytest.param("address,undefined", 0, id="address", marks=pytest.mark.thorough),
-        pytest.param("thread", -1, id="thread", marks=pytest.mark.thorough),
+        pytest.param("", 1 if sample.everything else 0, 8, id="bits"),
+        pytest.param("address,undefined", 0, 1, id="address", marks=pytest.mark.thorough),
+        pytest.param("thread", -1, 8, id="thread", marks=pytest.mark.thorough),
     ],
 )
-def test_source_on_the_host(cpu: str, tmp_path: Path, sanitizers: str, effort: int) -> None:
+def test_source_on_the_host(
+    cpu: str, tmp_path: Path, sanitizers: str, effort: int, cluster: int
+) -> None:
     flags = [*FLAGS, "-DBCE_INSTRUCTION_SET=baseline", "-I", str(KERNEL_TESTS / "on_host")]
+    flags += [f"-DBCE_LARGEST_CLUSTER={cluster}"]
     if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [SOURCES / "bce_cuda.cu", *SOURCES.glob("bce_cpu_*.cc"), KERNEL_TESTS / "test.cc"]
@@ -192,10 +195,20 @@ def test_code_for_each_architecture(module, code) -> None:
     """What it states; PTX of the oldest, so that no newer GPU is without, and of the newest."""
     assert code.architectures("elf") == module.machine_code
     assert code.architectures("ptx") == module.ptx
-    targets = [max(p for p in (75, 80) if p <= code) for code in module.machine_code]
+    targets = [max(p for p in (75, 80, 90) if p <= code) for code in module.machine_code]
     assert module.ptx == sorted({targets[0], targets[-1]})
     newer = range(min(module.machine_code), 150)
     assert all(_kernels._runs_on(gpu, module.machine_code, module.ptx) for gpu in newer)
+
+
+@pytest.mark.any_jax
+def test_clusters(module, code) -> None:
+    """Thread blocks wait for each other wherever elements are evaluated and GPUs have clusters."""
+    for architecture in module.machine_code:
+        listing = code.cuobjdump("-sass", "-arch", f"sm_{architecture}")
+        for kernel in listing.split("Function : ")[1:]:
+            evaluates = "evaluate" in kernel.partition("\n")[0]
+            assert ("UCGABAR_WAIT" in kernel) == (evaluates and architecture >= 90)
 
 
 @pytest.mark.any_jax

@@ -36,6 +36,8 @@ Results alone(const Call& call, cudaStream_t stream) {
 
 constexpr Case kLongRow = {Type::kBF16, Type::kU8, 1,     3'000'001, 1,     true,
                            true,        true,      false, false,     false, false};
+constexpr Case kOneLaunch = {Type::kF32, Type::kU8, 2,     20'000, 0,     true,
+                             true,       true,      false, false,  false, false};
 constexpr Case kManyRows = {Type::kF32, Type::kF32, 300,   20'000, 0,     true,
                             true,       true,       false, false,  false, false};
 
@@ -77,7 +79,7 @@ bool replayed(cudaGraphExec_t executable, const Call& call, const Results& expec
 // Launched twice; then captured again with other pointers, as XLA does when its buffers move.
 Outcome capture() {
   bool same = true;
-  for (const Case& c : {kLongRow, kManyRows}) {
+  for (const Case& c : {kLongRow, kOneLaunch, kManyRows}) {
     cudaStream_t stream;
     must(cudaStreamCreate(&stream));
     const Call call(c), moved(c);

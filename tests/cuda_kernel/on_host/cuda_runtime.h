@@ -1,7 +1,8 @@
 // CUDA's words, as far as bce_cuda.cu and its test use them, for the host's compiler: so that the
 // kernels as they stand run where there is no GPU, under the sanitizers too. A thread is a fiber; a
 // shuffle and __syncthreads are barriers, for which all of a warp's or a block's threads have to
-// come; thread blocks run one after the other; a launch returns when all is done.
+// come; thread blocks run one after the other, or together if they are a cluster; a launch returns
+// when all is done.
 #pragma once
 
 #include <math.h>
@@ -12,7 +13,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <random>
+#include <vector>
 
 #include "fiber.h"
 
@@ -20,7 +23,6 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__
 #define __grid_constant__
 
 struct alignas(8) uint2 {
@@ -38,10 +40,11 @@ T __ldcs(const T* from) {
   return *from;
 }
 
-// The kernels' dynamic shared memory.
+// The dynamic shared memory of the thread block that runs.
 namespace jax_bce {
-inline uint4 shared_memory[3072];
-}
+constexpr size_t kSharedBytes = 48 << 10;
+inline uint4* shared_memory;
+}  // namespace jax_bce
 
 // A GPU's approximations, which may be a few ulp off.
 inline int exp2_ulps = 0, reciprocal_ulps = 0;
@@ -57,7 +60,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, gridDim;
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
@@ -71,6 +74,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return *value = attribute == cudaDevAttrMultiProcessorCount, cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 #define CUDART_VERSION 0
 
 using cudaStream_t = struct CUstream_st*;
@@ -99,31 +103,41 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcp
 
 namespace cuda_on_host {
 
-constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+#ifndef BCE_LARGEST_CLUSTER
+#define BCE_LARGEST_CLUSTER 8
+#endif
 
-// A thread block's threads are fibers. A warp runs until all of its threads wait, then the next one
-// does, at random upwards or downwards: so warps get as far ahead of each other as barriers let
-// them.
+// Of one thread block, or of the thread blocks of a cluster.
+constexpr int kWarp = 32, kWarps = 32, kThreads = kWarp * kWarps, kBlocks = BCE_LARGEST_CLUSTER;
+
+// Threads are fibers. A warp runs until all of its threads wait, then another one does, in random
+// order: so warps get as far ahead of each other as barriers let them.
 class Device {
  public:
   Device() {
+    use(kThreads);
     for (Fiber& fiber : fibers_) fiber.prepare(&Device::work);
     run_warps();
   }
 
-  // Runs the kernel on every thread of the grid.
-  void run(dim3 grid, unsigned threads, std::function<void()> kernel) {
+  // Runs the kernel on every thread of the grid. All of its thread blocks may be a cluster.
+  void run(dim3 grid, unsigned threads, bool cluster, std::function<void()> kernel) {
     gridDim = grid;
-    threads_ = block_.members = block_.missing = threads;
+    threads_ = threads;
+    at_once_ = cluster ? grid.x : 1;
+    if (at_once_ > kBlocks || at_once_ * threads > kThreads) abort();
+    use(at_once_ * threads);
+    cluster_.set(at_once_ * threads);
+    for (Barrier& block : block_) block.set(threads);
     kernel_ = std::move(kernel);
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+    for (first_ = 0; first_ < grid.x; first_ += at_once_) run_blocks();
   }
 
-  void sync_threads() { wait(&block_); }
+  void sync_threads() { wait(&block_[block_of(fiber_)]); }
+  void sync_cluster() { wait(&cluster_); }
 
   double shuffle_down(double value, int distance) {
-    const int thread = threadIdx.x;
+    const int thread = fiber_;
     Barrier* warp = &warps_[thread / kWarp];
     double* slots = slots_[warp->times % 2];  // of the other ones, some may not yet be read
     slots[thread] = value;
@@ -132,7 +146,7 @@ class Device {
   }
 
   bool any(bool value) {
-    const int thread = threadIdx.x, first = thread / kWarp * kWarp;
+    const int thread = fiber_, first = thread / kWarp * kWarp;
     Barrier* warp = &warps_[thread / kWarp];
     double* slots = slots_[warp->times % 2];
     slots[thread] = value;
@@ -146,6 +160,8 @@ class Device {
     int times = 0;         // that all have come
     char passage[2] = {};  // of even and odd times: some may come again before others have left
 
+    void set(int number) { members = missing = number; }
+
     UNSEEN int come() {
       const int time = times;
       release(&passage[time % 2]);
@@ -157,11 +173,28 @@ class Device {
 
   static void work();
 
+  // The first fibers; the others stay where they are.
+  void use(int fibers) {
+    blocks_.members = fibers + 1;
+    order_.resize(fibers / kWarp);
+    std::iota(order_.begin(), order_.end(), 0);
+  }
+
+  UNSEEN unsigned block_of(int fiber) const { return fiber / threads_; }
+
+  // Makes the fiber's thread the one that runs.
+  UNSEEN void choose(int fiber) {
+    const unsigned block = block_of(fiber);
+    fiber_ = fiber;
+    threadIdx = {fiber % threads_};
+    blockIdx = {first_ + block};
+    jax_bce::shared_memory = memory_[block % kBlocks];
+  }
+
   UNSEEN void wait(Barrier* barrier) {
-    const int thread = threadIdx.x, time = barrier->come();
-    waits_[thread] = {barrier, time};
-    fibers_[thread].switch_to(&host_);
-    barrier->leave(time);
+    waits_[fiber_] = {barrier, barrier->come()};
+    fibers_[fiber_].switch_to(&host_);
+    barrier->leave(barrier->times - 1);
   }
 
   UNSEEN bool run_warp(int warp) {
@@ -169,7 +202,7 @@ class Device {
     for (int thread = warp * kWarp; thread < (warp + 1) * kWarp; ++thread) {
       const Wait& wait = waits_[thread];
       if (wait.barrier && wait.barrier->times == wait.time) continue;
-      threadIdx = {static_cast<unsigned>(thread)};
+      choose(thread);
       host_.switch_to(&fibers_[thread]);
       ran = true;
     }
@@ -178,13 +211,13 @@ class Device {
 
   bool run_warps() {
     bool ran = false;
-    const bool upwards = random_() % 2;
-    for (int i = 0; i < kWarps; ++i)
-      while (run_warp(upwards ? i : kWarps - 1 - i)) ran = true;
+    std::shuffle(order_.begin(), order_.end(), random_);
+    for (int warp : order_)
+      while (run_warp(warp)) ran = true;
     return ran;
   }
 
-  void run_block() {
+  void run_blocks() {
     const int time = blocks_.come();
     while (run_warps()) {
     }
@@ -201,21 +234,24 @@ class Device {
   };
 
   std::function<void()> kernel_;
-  unsigned threads_ = kThreads;
+  unsigned threads_ = kThreads, at_once_ = 1, first_ = 0;
+  int fiber_ = 0;
   std::minstd_rand random_;
+  std::vector<int> order_;  // of warps
   Fiber host_, fibers_[kThreads];
   Wait waits_[kThreads] = {};
-  Barrier blocks_{kThreads + 1}, block_{kThreads}, warps_[kWarps];
+  Barrier blocks_{kThreads + 1}, cluster_, block_[kBlocks], warps_[kWarps];
   double slots_[2][kThreads];
+  uint4 memory_[kBlocks][jax_bce::kSharedBytes / sizeof(uint4)];
 };
 
 inline Device device;
 
 inline void Device::work() {
-  device.fibers_[threadIdx.x].arrived(&device.host_);
+  device.fibers_[device.fiber_].arrived(&device.host_);
   for (;;) {
     device.wait(&device.blocks_);
-    if (threadIdx.x < device.threads_) device.kernel_();
+    device.kernel_();
   }
 }
 
@@ -226,19 +262,54 @@ inline double __shfl_down_sync(unsigned, double value, int distance) {
   return cuda_on_host::device.shuffle_down(value, distance);
 }
 
+#define BCE_SYNC_CLUSTER_ON_HOST() cuda_on_host::device.sync_cluster()
 inline int __any_sync(unsigned, int value) { return cuda_on_host::device.any(value); }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   void* stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+// Of a GPU with clusters, if smaller ones than most have; or without any.
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  return attributes->ptxVersion = cuda_on_host::kBlocks > 1 ? 90 : 80, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const unsigned blocks = config->attrs->val.clusterDim.x;
+  *clusters =
+      blocks <= cuda_on_host::kBlocks && blocks * config->blockDim.x <= cuda_on_host::kThreads;
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  if (config->dynamicSmemBytes > sizeof jax_bce::shared_memory) abort();
-  cuda_on_host::device.run(config->gridDim, config->blockDim.x, [=] { kernel(arguments...); });
+  if (config->dynamicSmemBytes > jax_bce::kSharedBytes) abort();
+  const bool cluster = config->numAttrs > 0;
+  if (cluster && config->attrs->val.clusterDim.x != config->gridDim.x) abort();
+  cuda_on_host::device.run(config->gridDim, config->blockDim.x, cluster,
+                           [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
