@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
     evaluate(const __grid_constant__ Plan plan) {
   using Elements = Loop<Logit, Label, kModified>;
   using Scalar = typename Elements::Scalar;
+  if (plan.two_launches) let_next_begin();
   Elements elements(plan);
   const int warp = threadIdx.x / kWarp;
   const bool tiles = plan.tile_rows > 0;
@@ -82,28 +83,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Logit, kModified>)
   }
 }
 
-// Calls f with the configuration of a launch, whose thread blocks are a cluster if `cluster`.
-template <class F>
-cudaError_t configure(int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
-                      bool cluster, F f) {
-  cudaLaunchAttribute dimension = {};
-  dimension.id = cudaLaunchAttributeClusterDimension;
-  dimension.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+cudaLaunchConfig_t config_of(int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
+                             cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &dimension;
-  config.numAttrs = cluster;
-  return f(config);
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr;
+  return config;
 }
 
-cudaError_t launch(void (*kernel)(Plan), int64_t blocks, int threads, int shared_bytes,
-                   CUstream_st* stream, const Plan& plan, bool cluster = false) {
-  return configure(
-      blocks, threads, shared_bytes, stream, cluster,
-      [&](const cudaLaunchConfig_t& config) { return cudaLaunchKernelEx(&config, kernel, plan); });
+// Of a launch whose thread blocks are a cluster.
+cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  return attribute;
+}
+
+// Of a launch that begins while the one before it ends, and waits for its results by itself.
+cudaLaunchAttribute early() {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
 }
 
 // The largest cluster that the kernel's thread blocks can be on the device in use: a power of two,
@@ -124,13 +129,13 @@ int largest_cluster(int shared_bytes) {
                      cudaSuccess
              ? kLargestCluster
              : 1;
-  const auto fits = [](const cudaLaunchConfig_t& config) {
+  for (; size > 1; size /= 2) {
+    cudaLaunchAttribute cluster = cluster_of(size);
+    const auto config = config_of(size, kThreads, shared_bytes, nullptr, &cluster);
     int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
-    return error == cudaSuccess && clusters == 0 ? cudaErrorInvalidValue : error;
-  };
-  while (size > 1 && configure(size, kThreads, shared_bytes, nullptr, true, fits) != cudaSuccess)
-    size /= 2;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess && clusters > 0)
+      break;
+  }
   cudaGetLastError();  // clears a failure, which the next launch would report
   known[device].store(size, std::memory_order_relaxed);
   return size;
@@ -160,21 +165,35 @@ cudaError_t launch_for(Plan plan, CUstream_st* stream) {
   using Scalar = ScalarOf<Logit>;
   constexpr auto kKernel = evaluate<Logit, Label, kModified>;
   constexpr int kShared = kFactorBytes<Scalar>;
-  const bool tiles = plan.tile_rows > 0, two_steps = plan.reduce && !tiles && plan.parts == 1;
+  const bool tiles = plan.tile_rows > 0, sums = plan.reduce && !tiles && plan.parts == 1;
   const int blocks = tiles ? plan.count : plan.count > 0 ? (plan.count + kWarps - 1) / kWarps : 1;
-  int cluster = 1;  // of which the last thread blocks may have no groups
-  while (two_steps && cluster < blocks && cluster < kLargestCluster) cluster *= 2;
-  plan.one_launch = two_steps && blocks <= cluster &&
-                    (blocks == 1 || cluster <= largest_cluster<kKernel>(kShared));
-  const cudaError_t error = launch(
-      kKernel, plan.one_launch ? cluster : grid(blocks, kBlocksAtOnce<Logit, kModified>), kThreads,
-      kShared + (tiles ? kTileBytes<Scalar> : 0), stream, plan, plan.one_launch && cluster > 1);
-  if (error != cudaSuccess || !two_steps || plan.one_launch) return error;
+  int together = 1;  // of which the last thread blocks may have no groups
+  while (together < blocks && together < kLargestCluster) together *= 2;
+  const int largest = sums && blocks > 1 ? largest_cluster<kKernel>(kShared) : 1;
+  if (sums && blocks <= together && together <= largest) {
+    plan.one_launch = true;
+    cudaLaunchAttribute cluster = cluster_of(together);
+    const auto config =
+        config_of(together, kThreads, kShared, stream, together > 1 ? &cluster : nullptr);
+    return cudaLaunchKernelEx(&config, kKernel, plan);
+  }
+
+  plan.two_launches = sums;
+  auto config = config_of(grid(blocks, kBlocksAtOnce<Logit, kModified>), kThreads,
+                          kShared + (tiles ? kTileBytes<Scalar> : 0), stream, nullptr);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, plan);
+  if (error != cudaSuccess || !sums) return error;
   const int64_t rows_at_once = plan.groups_in_row <= kGroupsInBlock           ? kFinishingThreads
                                : plan.groups_in_row <= kGroupsInBlock * kWarp ? kFinishingWarps
                                                                               : 1;
-  return launch(finish_rows<Scalar>, grid((plan.rows + rows_at_once - 1) / rows_at_once, 8),
-                kFinishingThreads, kFinishingWarps * sizeof(double), stream, plan);
+  // XLA makes a captured graph a part of another one, where CUDA may not allow it.
+  cudaStreamCaptureStatus capture;
+  cudaLaunchAttribute begins_early = early();
+  const bool allowed = largest > 1 && cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
+                       capture == cudaStreamCaptureStatusNone;
+  config = config_of(grid((plan.rows + rows_at_once - 1) / rows_at_once, 8), kFinishingThreads,
+                     kFinishingWarps * sizeof(double), stream, allowed ? &begins_early : nullptr);
+  return cudaLaunchKernelEx(&config, finish_rows<Scalar>, plan);
 }
 
 template <class Logit>

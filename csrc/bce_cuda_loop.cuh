@@ -70,11 +70,12 @@ struct Plan {
   Factors factors;
   double inverse_count;
   int64_t rows, columns, groups_in_row;
-  int tile_rows;    // 0: groups
-  int count;        // of groups, or of tiles
-  double* sums;     // of groups; if the loss has several parts, these
-  int64_t parts;    // of the loss, or 1
-  bool one_launch;  // whether its thread blocks wait for each other, and finish the rows
+  int tile_rows;      // 0: groups
+  int count;          // of groups, or of tiles
+  double* sums;       // of groups; if the loss has several parts, these
+  int64_t parts;      // of the loss, or 1
+  bool one_launch;    // whether its thread blocks wait for each other, and finish the rows
+  bool two_launches;  // whether finish_rows follows
   // n / inner is umulhi(n, magic) >> shift for 0 <= n < 2^31. 0: no operand needs it.
   uint32_t inner, magic, shift;
   // Whether logits and labels are in memory as in the results, or there is one label; whether also

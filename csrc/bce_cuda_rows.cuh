@@ -130,6 +130,19 @@ __device__ void sync_cluster() {
 #endif
 }
 
+// Lets the next launch begin once all thread blocks have begun, if that launch may be early; and
+// waits, in the next launch, until all results of this one are there.
+__device__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The sum of a block's groups; 0 behind the last block.
 __device__ double sum_of_block(const Plan& plan, int64_t row, int64_t block) {
   const int64_t first = block * kGroupsInBlock, left = plan.groups_in_row - first;
@@ -145,6 +158,7 @@ __device__ double sum_of_block(const Plan& plan, int64_t row, int64_t block) {
 template <class Scalar>
 __global__ void __launch_bounds__(kFinishingThreads)
     finish_rows(const __grid_constant__ Plan plan) {
+  wait_for_previous();
   const int64_t blocks = (plan.groups_in_row + kGroupsInBlock - 1) / kGroupsInBlock;
   const int width = blocks == 1 ? 1 : blocks <= kWarp ? kWarp : kFinishingThreads;
   const int64_t rows_at_once = kFinishingThreads / width;

@@ -209,6 +209,10 @@ def test_clusters(module, code) -> None:
         for kernel in listing.split("Function : ")[1:]:
             evaluates = "evaluate" in kernel.partition("\n")[0]
             assert ("UCGABAR_WAIT" in kernel) == (evaluates and architecture >= 90)
+            assert ("PREEXIT" in kernel) == (evaluates and architecture >= 90)
+            # The second launch may begin before the first one ends, and waits before it reads.
+            first_load = re.search(r"ACQBULK|LDG", kernel)[0]
+            assert (first_load == "ACQBULK") == (not evaluates and architecture >= 90)
 
 
 @pytest.mark.any_jax

@@ -79,6 +79,10 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 using cudaStream_t = struct CUstream_st*;
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 
@@ -265,11 +269,15 @@ inline double __shfl_down_sync(unsigned, double value, int distance) {
 #define BCE_SYNC_CLUSTER_ON_HOST() cuda_on_host::device.sync_cluster()
 inline int __any_sync(unsigned, int value) { return cuda_on_host::device.any(value); }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -306,7 +314,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   if (config->dynamicSmemBytes > jax_bce::kSharedBytes) abort();
-  const bool cluster = config->numAttrs > 0;
+  const bool cluster =
+      config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeClusterDimension;
   if (cluster && config->attrs->val.clusterDim.x != config->gridDim.x) abort();
   cuda_on_host::device.run(config->gridDim, config->blockDim.x, cluster,
                            [=] { kernel(arguments...); });
