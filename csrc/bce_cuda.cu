@@ -114,7 +114,7 @@ cudaLaunchAttribute early() {
 // The largest cluster that the kernel's thread blocks can be on the device in use: a power of two,
 // and 1 before compute capability 9.0, or if there is no code for it. CUDA is asked once per
 // device, which is when the known-answer test launches the kernel.
-constexpr int kLargestCluster = 16;  // of any GPU
+constexpr int kLargestCluster = 16, kPortableCluster = 8;
 template <void (*kKernel)(Plan)>
 int largest_cluster(int shared_bytes) {
   constexpr int kDevices = 64;
@@ -124,11 +124,12 @@ int largest_cluster(int shared_bytes) {
   int size = known[device].load(std::memory_order_relaxed);
   if (size > 0) return size;
   cudaFuncAttributes code;
-  size = cudaFuncGetAttributes(&code, kKernel) == cudaSuccess && code.ptxVersion >= 90 &&
-                 cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-                     cudaSuccess
+  const bool found = cudaFuncGetAttributes(&code, kKernel) == cudaSuccess;
+  size = !found || code.ptxVersion < 90 ? 1
+         : cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+                 cudaSuccess
              ? kLargestCluster
-             : 1;
+             : kPortableCluster;
   for (; size > 1; size /= 2) {
     cudaLaunchAttribute cluster = cluster_of(size);
     const auto config = config_of(size, kThreads, shared_bytes, nullptr, &cluster);
@@ -137,7 +138,7 @@ int largest_cluster(int shared_bytes) {
       break;
   }
   cudaGetLastError();  // clears a failure, which the next launch would report
-  known[device].store(size, std::memory_order_relaxed);
+  if (found) known[device].store(size, std::memory_order_relaxed);
   return size;
 }
 
@@ -175,7 +176,10 @@ cudaError_t launch_for(Plan plan, CUstream_st* stream) {
     cudaLaunchAttribute cluster = cluster_of(together);
     const auto config =
         config_of(together, kThreads, kShared, stream, together > 1 ? &cluster : nullptr);
-    return cudaLaunchKernelEx(&config, kKernel, plan);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, plan);
+    if (error == cudaSuccess || together == 1) return error;
+    cudaGetLastError();
+    plan.one_launch = false;  // the GPU has no room for the cluster after all
   }
 
   plan.two_launches = sums;
@@ -191,6 +195,7 @@ cudaError_t launch_for(Plan plan, CUstream_st* stream) {
   cudaLaunchAttribute begins_early = early();
   const bool allowed = largest > 1 && cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
                        capture == cudaStreamCaptureStatusNone;
+  if (!allowed) cudaGetLastError();
   config = config_of(grid((plan.rows + rows_at_once - 1) / rows_at_once, 8), kFinishingThreads,
                      kFinishingWarps * sizeof(double), stream, allowed ? &begins_early : nullptr);
   return cudaLaunchKernelEx(&config, finish_rows<Scalar>, plan);

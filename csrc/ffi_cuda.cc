@@ -2,8 +2,8 @@
 // module _cuda, which returns them for registration. Compiled by the host compiler; nvcc sees
 // neither XLA nor Python.
 //
-// A handler enqueues and returns. It does not allocate, wait or query the device, so that XLA may
-// capture it into a CUDA graph.
+// A handler enqueues and returns. It does not allocate or wait, so that XLA may capture it into a
+// CUDA graph.
 #include <exception>
 
 #include "bce_cuda.h"

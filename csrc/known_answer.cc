@@ -327,15 +327,16 @@ class Call {
   size_t loss_ = 0, gradient_ = 0, workspace_ = 0;
 };
 
-// Rows of each loop: some in a warp, one warp's, two groups, three in one launch, nine of two rows
-// in one launch if there are clusters, and ten blocks; and places that no vector may be at. Every
-// kernel: the types of logits, the widths of labels, modifiers.
+// Rows of each loop: some in a warp; one warp's; two groups, of so many rows that they take two
+// launches; three groups in one launch; two blocks, in clusters of 8 and of 16 thread blocks where
+// there are any; and ten blocks. And places that no vector may be at. Every kernel: the types of
+// logits, the widths of labels, modifiers.
 void test(cudaStream_t stream) {
   struct Shape {
     int64_t rows, columns;
   };
-  constexpr Shape kShapes[] = {{23, 10},  {9, 300},         {33, 1025},
-                               {1, 2500}, {2, kBlock + 37}, {1, 9 * kBlock + 5}};
+  constexpr Shape kShapes[] = {{23, 10},         {9, 300},         {33, 1025},         {1, 2500},
+                               {2, kBlock + 37}, {4, kBlock + 37}, {1, 9 * kBlock + 5}};
   constexpr int kWeights = 1 << kWeight | 1 << kSampleWeight | 1 << kPosWeight | 1 << kWhere;
   for (Type logits : {kF32, kBF16, kF16, kF64})
     for (const auto [rows, columns] : kShapes) {
@@ -348,7 +349,7 @@ void test(cudaStream_t stream) {
             .run(stream);
       };
       for (Type labels : {Type::kU8, kF16, kBF16, kF32, kF64}) {
-        if (columns > 9 * kBlock && labels != Type::kU8) break;  // they need not all be so long
+        if (rows * columns > 4 * kBlock && labels != Type::kU8) break;  // not all need be so many
         run(labels, 0, false, true, true, true, logits);
         run(labels, 1, true, true, true, true, logits);
         run(labels, 0, false, false, true, true, logits);

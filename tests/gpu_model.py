@@ -5,10 +5,10 @@
 
 Nothing runs: these are models, not measurements. XLA compiles what a user writes in plain jnp, and
 `implementation="cuda"`, for an H200. Of each kernel, the bytes that it moves are read off the HLO,
-and the instructions off its machine code. A kernel takes as long as the slowest of four: memory at
-the speed of a copy, the instructions at one per clock and scheduler, the special functions, and
-float64. Each launch adds 2.2 us. Caches, latency, the last wave and what GPUs send to each other
-are left out, for both sides.
+and the instructions off its machine code. A kernel takes as long as the slowest of five: memory at
+the speed of a copy, the instructions at one per clock and scheduler, those of one thread at one per
+clock, the special functions, and float64. Each launch adds 2.2 us. Caches, latency, the last wave
+and what GPUs send to each other are left out, for both sides.
 
 Needs what `gpu_compiler.py` and `disassembly.py` need, and ptxas.
 """
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ class Work:
     instructions: float = 0
     float64: float = 0
     special: float = 0
+    longest: float = 0  # the instructions of one thread
 
     def seconds(self, gpu: Gpu) -> float:
         a_second = gpu.processors * gpu.clock
         return max(
             self.bytes / gpu.copy,
             self.instructions / (128 * a_second),
+            self.longest / gpu.clock,
             self.float64 / (gpu.float64 * a_second),
             self.special / (gpu.special * a_second),
         )
@@ -151,7 +153,8 @@ def by_xla(function: Callable, operands: list[jax.ShapeDtypeStruct]) -> list[Wor
         threads = math.prod(int(size) for text in sizes for size in text.split(","))
         read, written = moved[name]
         each = counted(code[name], read / threads, written / threads)
-        found.append(Work(name, read + written, **{what: n * threads for what, n in each.items()}))
+        work = Work(name, read + written, **{what: n * threads for what, n in each.items()})
+        found.append(replace(work, longest=each["instructions"]))
     assert len(found) == len(thunks), sequence
     return found
 
@@ -215,11 +218,11 @@ class Case:
         ]
 
     def launches(self, gpu: Gpu) -> int:
-        """Those of a call. Rows of up to 1,024 elements take one, and so do 4,096 elements for each
-        thread block of a cluster, and the sums that XLA adds up on several GPUs."""
+        """Those of a call. Rows of up to 1,024 elements take one, and so do four groups of 1,024
+        for each thread block of a cluster, and the sums that XLA adds up on several GPUs."""
         length = self.operands[0][0][-1] if self.rows else self.elements
-        few = self.elements <= 4096 * gpu.cluster
-        return 1 if length <= 1024 or few or self.gpus > 1 else 2
+        groups = self.elements // length * -(-length // 1024)
+        return 1 if length <= 1024 or groups <= 4 * gpu.cluster or self.gpus > 1 else 2
 
 
 def by_kernel(case: Case) -> list[Work]:
@@ -231,8 +234,10 @@ def by_kernel(case: Case) -> list[Work]:
     for loop, share in ((disassembly.loop(90, name), share) for name, share in loops.items()):
         turns = share * case.elements / loop.elements
         executed += [(turns, step.text) for step in loop.code]
-    ours = [Work("ours", bytes_moved(compiled), **tally(executed))]
-    return ours + [Work("launch", 0)] * (len(kernel_bytes(compiled)) - 1)
+    ours = Work("ours", bytes_moved(compiled), **tally(executed))
+    # A warp evaluates a group of 1,024 elements, or as many of a tile.
+    ours.longest = ours.instructions / case.elements * min(32, case.elements)
+    return [ours] + [Work("launch", 0)] * (len(kernel_bytes(compiled)) - 1)
 
 
 def pair(*shape: int, logits: Any = F32, labels: Any = F32) -> tuple:

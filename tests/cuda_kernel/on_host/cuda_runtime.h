@@ -112,7 +112,8 @@ namespace cuda_on_host {
 #endif
 
 // Of one thread block, or of the thread blocks of a cluster.
-constexpr int kWarp = 32, kWarps = 32, kThreads = kWarp * kWarps, kBlocks = BCE_LARGEST_CLUSTER;
+constexpr int kWarp = 32, kWarps = std::max(8, 4 * BCE_LARGEST_CLUSTER), kThreads = kWarp * kWarps,
+              kBlocks = BCE_LARGEST_CLUSTER;
 
 // Threads are fibers. A warp runs until all of its threads wait, then another one does, in random
 // order: so warps get as far ahead of each other as barriers let them.

@@ -1,5 +1,5 @@
-// Fibers: stacks that one thread of the host runs in turn, cheap enough for the 256 threads of a
-// thread block. ThreadSanitizer takes each for a thread, ordered only by `release` and `acquire`.
+// Fibers: stacks that one thread of the host runs in turn, cheap enough for the threads of several
+// thread blocks. ThreadSanitizer takes each for a thread, ordered only by `release` and `acquire`.
 #pragma once
 
 #include <stddef.h>
