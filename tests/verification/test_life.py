@@ -12,7 +12,7 @@ from collections.abc import Callable
 import platforms
 import pytest
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.thorough]
 
 # The calls that are made, with the bits that they have alone.
 COMMON = """
@@ -236,12 +236,10 @@ def resident():
 
 def repeat(times):
     for i in range(times):
-        jitted(x, y)
-        ours(x, y, pos_weight=2.0)
+        jax.block_until_ready((jitted(x, y), ours(x, y, pos_weight=2.0)))
         if i % 10 == 0:
             try: ours(x, y[0])
             except ValueError: pass
-    jax.block_until_ready(jitted(x, y))
 
 repeat(1000)
 before = resident()
