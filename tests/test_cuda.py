@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sample
 from jax import export
 
 import jax_bce
@@ -33,12 +32,13 @@ FLAGS += ["-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sanitizers", "effort", "cluster"),
     [
-        pytest.param("", 1 if sample.everything else 0, 8, id="bits"),
-        pytest.param("address,undefined", 0, 1, id="address", marks=pytest.mark.thorough),
-        pytest.param("thread", -1, 8, id="thread", marks=pytest.mark.thorough),
+        pytest.param("", 1, 16, id="bits"),
+        pytest.param("address,undefined", 0, 1, id="address"),
+        pytest.param("thread", -1, 8, id="thread"),
     ],
 )
 def test_source_on_the_host(
@@ -58,6 +58,7 @@ def test_source_on_the_host(
 
 @pytest.mark.any_jax
 @pytest.mark.parametrize("program", ["test", "device"])
+@pytest.mark.thorough
 def test_programs_for_a_gpu_compile(
     require: Callable[[str], None], tmp_path: Path, program: str
 ) -> None:
@@ -210,9 +211,9 @@ def test_clusters(module, code) -> None:
             evaluates = "evaluate" in kernel.partition("\n")[0]
             assert ("UCGABAR_WAIT" in kernel) == (evaluates and architecture >= 90)
             assert ("PREEXIT" in kernel) == (evaluates and architecture >= 90)
-            # The second launch may begin before the first one ends, and waits before it reads.
-            first_load = re.search(r"ACQBULK|LDG", kernel)[0]
-            assert (first_load == "ACQBULK") == (not evaluates and architecture >= 90)
+            # The second launch may begin before the first one ends. It waits before all else.
+            first = re.search(r"(@\S+ +)?(ACQBULK|BRA|(LD|ST)[GSL]?[ .])", kernel)[0]
+            assert (first == "ACQBULK") == (not evaluates and architecture >= 90)
 
 
 @pytest.mark.any_jax

@@ -301,6 +301,7 @@ def test_derivatives_of_a_denominator_do_not_overflow_before_the_loss(implementa
         ),
     ],
 )
+@pytest.mark.thorough
 def test_rows_that_share_a_tile_have_the_bits_they_have_alone(cpu: str, columns: int) -> None:
     """Whatever a row has of its own: a denominator, be it 0, a mask, a cotangent, labels."""
     rng = np.random.default_rng(columns)

@@ -169,6 +169,7 @@ def test_hessian(check, loss, way: str, nesting: str) -> None:
 
 
 @pytest.mark.parametrize(("way", "nesting"), combinations(THIRDS))
+@pytest.mark.thorough
 def test_third(check, loss, way: str, nesting: str) -> None:
     check_derivative(check, jax.jit(THIRDS[nesting](through(way, loss)))(LOGITS), "third")
 

@@ -232,6 +232,7 @@ def test_sum(check, implementation: str, size: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
+@pytest.mark.thorough
 def test_sum_of_millions(check, platform: str, name: str) -> None:
     check_sum(check, platform, name, size=3_000_017)
 

@@ -113,6 +113,7 @@ def test_train_digits_reads_an_npz(cpu: str, tmp_path: Path) -> None:
     assert "50 digits, 2 steps" in output
 
 
+@pytest.mark.thorough
 def test_precision(platform: str, require: Callable[[str], None], tmp_path: Path) -> None:
     output = run("examples/precision.py", folder=tmp_path, platform=platform)
     row = re.findall(r"│ 20 .*", output)[0]

@@ -167,6 +167,7 @@ def test_numbers_per_class_have_the_bits_they_have_alone(cpu: str) -> None:
 
 
 @every_loss
+@pytest.mark.thorough
 def test_modes(cpu: str, loss: Callable) -> None:
     """The derivatives of the kernel's result are those of plain JAX."""
     x, y = oracle.random_logits(FLOAT32, (6, 7), 1), oracle.random_labels(FLOAT32, (6, 7), 2)

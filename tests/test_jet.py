@@ -72,6 +72,7 @@ def test_mean_and_its_gradient(cpu: str) -> None:
     close(gradients, [term / direction / LOGITS.size for term in of_elements[1:]])
 
 
+@pytest.mark.thorough
 def test_series_of_every_operand(cpu: str) -> None:
     """By a formula in plain jnp that jet itself gets through."""
     x, y = LOGITS, np.linspace(0, 1, LOGITS.size, dtype=FLOAT32).reshape(LOGITS.shape)

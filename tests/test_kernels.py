@@ -99,6 +99,7 @@ def guard(program: Path, driver: Path, *fault: str, devices: str = "1") -> tuple
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 def test_healthy_kernels_pass(parts: tuple, healthy: Path) -> None:
     """Each device that is in use is tested, and no other."""
     calls, failure = guard(healthy, parts[1])
@@ -108,6 +109,7 @@ def test_healthy_kernels_pass(parts: tuple, healthy: Path) -> None:
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 def test_nothing_runs_without_a_device_in_use(parts: tuple, healthy: Path) -> None:
     assert guard(healthy, parts[1], devices="00") == (0, "")
     done = subprocess.run([healthy], capture_output=True, text=True, check=True)
@@ -130,6 +132,7 @@ def test_nothing_runs_without_a_device_in_use(parts: tuple, healthy: Path) -> No
         ("no memory", "out of memory"),
     ],
 )
+@pytest.mark.thorough
 def test_faults_are_found(parts: tuple, healthy: Path, fault: str, words: str) -> None:
     _, failure = guard(healthy, parts[1], fault)
     assert re.match(f"GPU 0: {words}", failure), failure
@@ -178,7 +181,7 @@ def module(**states: object) -> SimpleNamespace:
         "xla_ffi_api_version": (0, 1),
         "runtime_version": 13000,
         "machine_code": [90],
-        "ptx": [80],
+        "ptx": [90],
         "group": 1024,
         "driver_version": lambda: 13000,
         "compute_capabilities": lambda: [90],

@@ -600,6 +600,7 @@ def assert_transforms(transform: Callable, reduced: str, tolerance: float) -> No
 
 @pytest.mark.parametrize("sizes", ["labels", "rows"])
 @pytest.mark.parametrize("name", ["gradient", "tangent", "vmap of the gradient", "Hessian"])
+@pytest.mark.thorough
 def test_transformations_of_each_walk(name: str, sizes: str) -> None:
     arrays = jax.tree.map(jnp.asarray, layer(*SIZES[sizes]))
     for keywords in ({}, {"axis": 1}):

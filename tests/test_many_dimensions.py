@@ -99,6 +99,7 @@ def test_mapped_in_turn(cpu: str, ways: int, keywords: dict) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.thorough
 def test_any_ways(cpu: str, seed: int) -> None:
     """Weights, masks and denominators of any dimensions, also by the kernel where it takes them."""
     random = np.random.default_rng(seed)

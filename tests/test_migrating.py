@@ -466,6 +466,7 @@ def assert_shown(cell: str, computed: list[Callable]) -> None:
 
 
 @pytest.mark.parametrize("row", DIFFERENCES, ids=lambda row: f"{row.section}: {row.cells[0]}")
+@pytest.mark.thorough
 def test_differences(cpu: str, row: Row) -> None:
     what, theirs, ours = row.cells
     if what in OTHERS:

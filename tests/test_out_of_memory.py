@@ -18,6 +18,7 @@ HEADERS = SOURCES.parent.parent / "csrc"
 
 @pytest.mark.any_jax
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.thorough
 def test_parallel_for(tmp_path: Path, sanitizers: str) -> None:
     program = tmp_path / "parallel_for"
     flags = [*FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{HEADERS}"]

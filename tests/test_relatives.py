@@ -887,6 +887,7 @@ OUTSIDE_OPTIONS = {
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str, indirect=True)
+@pytest.mark.thorough
 def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
     """For every label, option and derivative; but clipped, or dropped, it is not."""
     if dtype == FLOAT64:
@@ -920,6 +921,7 @@ def test_what_is_no_probability_is_nan(dtype: np.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", oracle.FLOATS, ids=str, indirect=True)
+@pytest.mark.thorough
 def test_subnormal_probabilities(check, dtype: np.dtype) -> None:
     """Read through their bits, in every mode; 1 / p stops at the largest finite number."""
     info = ml_dtypes.finfo(dtype)

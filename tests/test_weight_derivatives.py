@@ -200,6 +200,7 @@ def test_second(platform: str, option: str, form: str, nesting: str) -> None:
 
 
 @pytest.mark.any_jax
+@pytest.mark.thorough
 def test_third(platform: str) -> None:
     option, form = "weighted mean of kept rows", "classes and rows"
     with jax.enable_x64(True):

@@ -21,7 +21,7 @@ import jax
 import platforms
 import pytest
 
-pytestmark = pytest.mark.any_jax
+pytestmark = [pytest.mark.any_jax, pytest.mark.thorough]
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES, HERE = ROOT / "csrc", Path(__file__).parent / "handlers"
