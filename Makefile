@@ -156,24 +156,40 @@ dist/.tried-%: dist/.repaired-% tests/smoke.py
 	rm -rf build/try-$*
 	touch $@
 
-# Installs the wheel of the last prerequisite. pip leaves an older one of the same version in place.
-install = wheel=$$(echo $(dir $(lastword $^))*.whl) && \
-  $< -m pip install --quiet --disable-pip-version-check "$$wheel[$(EXTRAS)]" $(1) && \
-  $< -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$$wheel"
+# What extras need is installed while the wheel is built, which takes as long. Nothing else here may run
+# side by side.
+ifndef SIDE_BY_SIDE
+.NOTPARALLEL:
+endif
+side_by_side = @+$(MAKE) --no-print-directory --jobs=2 SIDE_BY_SIDE=yes $(1)
+.PHONY: ready-demo ready-test
+ready-demo ready-test: ready-%:
+	$(call side_by_side,$(VENV)/.$*)
+
+pip_install = $< -m pip install --quiet --disable-pip-version-check
+needed = $< tests/requirements.py $(EXTRAS) >$@.txt && $(pip_install) --requirement $@.txt $(1)
+# The wheel of the last prerequisite. pip would leave an older one of the same version in place.
+install = $(pip_install) --no-deps --force-reinstall $(dir $(lastword $^))*.whl
 
 # One stamp per set of extras: an install is repeated only when a source is newer.
 $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := test
-$(VENV)/.lint: EXTRAS := test,lint
+$(VENV)/.lint: EXTRAS := test lint
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.wheels: EXTRAS := wheels
-$(VENV)/.%: $(VENV)/bin/python build/wheel-$(VERSION)/.built
+$(VENV)/.needs-%: $(VENV)/bin/python pyproject.toml
+	$(needed)
+	touch $@
+$(VENV)/.%: $(VENV)/bin/python $(VENV)/.needs-% build/wheel-$(VERSION)/.built
 	$(install)
 	touch $@
 
-.venv-%/.versions: EXTRAS := test
-.venv-%/.versions: .venv-%/bin/python build/wheel-$$(firstword $$($$*))/.built
-	$(call install,$(wordlist 2,3,$($*)))
+.venv-%/.needs: EXTRAS := test
+.venv-%/.needs: .venv-%/bin/python pyproject.toml
+	$(call needed,$(wordlist 2,3,$($*)))
+	touch $@
+.venv-%/.versions: .venv-%/bin/python .venv-%/.needs build/wheel-$$(firstword $$($$*))/.built
+	$(install)
 	touch $@
 
 # XLA's compiler for GPUs, which tests use without one. Not among the installed packages: there,
