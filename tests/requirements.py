@@ -1,6 +1,6 @@
 """What extras need, without the package itself: one requirement per line.
 
-    python tests/requirements.py test lint
+python tests/requirements.py test lint
 """
 
 import re

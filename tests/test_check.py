@@ -239,6 +239,7 @@ WAYS: dict[str, Callable] = {
     ("way", "jit"),
     [*((way, True) for way in WAYS), *((way, False) for way in ("as it is", "grad", "vmap"))],
 )
+@pytest.mark.second
 def test_in_every_transformation(cpu: str, warned: Warned, way: str, jit: bool) -> None:
     """One warning, whatever runs how often, and of the line that called the loss."""
 
@@ -357,6 +358,7 @@ def script(folder: Path, *options: str, check: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.second
 def test_for_a_whole_program(tmp_path: Path) -> None:
     """Switched on from outside, and, where warnings are errors, a readable one."""
     done = script(tmp_path, check="1")
@@ -378,6 +380,7 @@ def checked_by_jax(function: Callable, x: object, y: object, errors: frozenset) 
 
 
 @pytest.mark.parametrize("way", [mean, scan, jax.vmap(jax.grad(mean))])
+@pytest.mark.second
 def test_checkify_sees_what_the_check_does(cpu: str, warned: Warned, way: Callable) -> None:
     """As user checks. docs/transforms.md says so."""
     assert checked_by_jax(way, LOGITS, SIGNS, checkify.user_checks) is None

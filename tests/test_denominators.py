@@ -166,6 +166,7 @@ def assert_close(actual: object, exact: np.ndarray) -> None:
         *((relative, "xla") for relative in (jax_bce.focal_loss, jax_bce.asymmetric_loss)),
     ],
 )
+@pytest.mark.second
 def test_a_dropped_row_is_not_summed(loss: Callable, implementation: str) -> None:
     """0, and not NaN times 0: the mask varies from row to row, the weights within one."""
     x, w = (np.float32([[1, 2], [np.nan, np.inf]]) for _ in range(2))

@@ -186,6 +186,7 @@ def test_every_thread_count(one_thread: dict, threads: int, devices: int) -> Non
 
 
 @pytest.mark.parametrize("instruction_set", ["x86-64-v3", "x86-64-v4", "aarch64"])
+@pytest.mark.second
 def test_every_instruction_set(one_thread: dict, instruction_set: str) -> None:
     """As many of them as this processor has."""
     assert run_with(1, 1, instruction_set)["hashes"] == one_thread["hashes"]

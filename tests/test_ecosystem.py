@@ -165,6 +165,7 @@ def trained_with_peer(name: str) -> tuple:
     ("name", "residuals"),
     [*((name, "gradient") for name in TRAININGS), ("plain JAX", "recompute")],
 )
+@pytest.mark.second
 def test_training_ends_at_the_same_parameters(platform: str, name: str, residuals: str) -> None:
     loss = partial(jax_bce.loss, residuals=residuals, implementation=platform)
     losses, parameters = TRAININGS[name](loss)
@@ -220,6 +221,7 @@ def optimum() -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", [lbfgs, bfgs, newton])
+@pytest.mark.second
 def test_solvers_find_the_optimum(platform: str, solver: Callable) -> None:
     with jax.enable_x64(True):
         features, labels = data(FLOAT64)

@@ -123,6 +123,7 @@ def test_exported_derivative(check, residuals: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
+@pytest.mark.second
 def test_symbolic_batch(name: str) -> None:
     """One program for every batch, whose 1/N is that of the batch at hand."""
     for wanted in (("cpu", "tpu"), ("cpu",)):
@@ -217,6 +218,7 @@ for file in folder.glob("*.exported"):
 """
 
 
+@pytest.mark.second
 def test_exported_kernels_in_another_process(platform: str, tmp_path: Path) -> None:
     shapes = [(1, 1), (5, 4000), (3, 9000)]
     exported = [export_kernel(name, "rows, columns", platform) for name in SYMBOLIC]

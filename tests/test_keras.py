@@ -674,6 +674,7 @@ WITH_SIGMOID = {
 
 
 @pytest.mark.parametrize("sigmoid", WITH_SIGMOID)
+@pytest.mark.second
 def test_a_model_loses_its_sigmoid_and_keeps_fit(sigmoid: str, tmp_path) -> None:
     """As the warning and docs/migrating.md say: it trains like one that never had it."""
     features, labels, _ = sequences()

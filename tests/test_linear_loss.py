@@ -292,6 +292,7 @@ def test_without_bias_and_scale() -> None:
     options=st.sampled_from(sorted(OPTIONS)),
     indices=st.booleans(),
 )
+@pytest.mark.second
 def test_random_shapes(
     rows: int, labels: int, width: int, blocks: int, seed: int, options: str, indices: bool
 ) -> None:
@@ -575,6 +576,7 @@ SLOWLY_COMPILED = {
 
 @pytest.mark.parametrize("reduced", REDUCED)
 @pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.second
 def test_transformations(name: str, reduced: str) -> None:
     """With respect to everything that has a derivative, in several blocks."""
     assert_transforms(TRANSFORMED[name], reduced, 10 * oracle.SURROUNDINGS)

@@ -413,6 +413,7 @@ OPTIONS = REDUCTIONS | {
 
 
 @pytest.mark.parametrize(("shape", "spec"), EMPTY, ids=str)
+@pytest.mark.second
 def test_no_elements(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> None:
     """0, or nothing, as on one device: with every option, modifier and derivative."""
 

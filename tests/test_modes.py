@@ -99,6 +99,7 @@ def expected(name: str, implementation: str) -> object:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(("mode", "jit"), WAYS)
+@pytest.mark.second
 def test_same_results(implementation: str, mode: str, jit: bool, name: str) -> None:
     """Close, not the same bits: without jit XLA compiles what is not the kernel in other pieces."""
     results = evaluate(name, implementation, mode, jit, *inputs())

@@ -235,6 +235,7 @@ def three_derivatives(relative: Callable, x, y, numbers: dict) -> tuple:
     ids=str,
     indirect=["dtype"],
 )
+@pytest.mark.thorough
 def test_extreme_logits_and_labels(check, dtype: np.dtype, clip: float | None) -> None:
     """Three finite derivatives, by either mode; exact loss and gradient. Without a clip: focal."""
     x, y, gamma = (v.astype(dtype) for v in EXTREME)

@@ -24,6 +24,7 @@ def test_every_mode_is_documented() -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
+@pytest.mark.second
 def test_documented_cost(cpu: str, name: str) -> None:
     """What is the kernel alone, with every XLA; what XLA adds, with the one that the page names."""
     found, row = cost(name), ROWS[name]

@@ -191,6 +191,7 @@ def test_first_in_float32(platform: str, nesting: str) -> None:
 
 @pytest.mark.any_jax
 @pytest.mark.parametrize(("option", "form", "nesting"), SECOND)
+@pytest.mark.second
 def test_second(platform: str, option: str, form: str, nesting: str) -> None:
     """With every mixed term, such as that of a weight and the denominator it is part of."""
     with jax.enable_x64(True):

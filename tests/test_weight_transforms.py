@@ -288,6 +288,7 @@ def test_shard_map_of_a_weight_alone(cpu: str, checked: bool) -> None:
 
 @pytest.mark.parametrize("implementation", [None, "cpu"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "none"])
+@pytest.mark.second
 def test_export_of_any_batch(cpu: str, reduction: str, implementation: str | None) -> None:
     """One program, which counts the elements of the batch at hand."""
     function = partial(value_and_grad, reduction=reduction)
@@ -392,6 +393,7 @@ def inputs_of_relatives(seed: int = 0) -> Operands:
 
 @pytest.mark.any_jax
 @pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.second
 def test_relatives(name: str) -> None:
     """vmap is a loop, of the value, the gradient and the Hessian times a vector: all finite."""
     function = partial(value_and_grad, loss=relative_of(name), reduction="weighted_mean")

@@ -42,6 +42,7 @@ def different(found: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if STORED[name] != digest}
 
 
+@pytest.mark.second
 def test_this_machine(platform: str, record: Callable) -> None:
     """Of a GPU, the gradients of float32 and float64: the rest is as accurate, not the same."""
     found = digests(platform)
