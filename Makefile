@@ -24,7 +24,7 @@ verify := $(addprefix verify-,$(verified))
 .SECONDARY:
 .SECONDEXPANSION:
 
-demo: $(VENV)/.demo
+demo: ready-demo
 	$(RUN) examples/train_digits.py --plot train_digits.png
 
 # Those of the README, and the tables of the newest record of `make bench`. The tests compare what
@@ -44,15 +44,16 @@ docs: $(VENV)/.docs
 pytest = JAX_BCE_REQUIRE=$(or $(JAX_BCE_REQUIRE),cpu) $(1)/bin/pytest -n auto --dist worksteal
 
 # Every test, with a sample of its cases.
-test: $(VENV)/.test
-	$(call pytest,$(VENV))
+test: ready-test
+	$(call pytest,$(VENV)) -m "not second"
 
 # Every case, also against PyTorch, and with XLA's compiler for GPUs.
-test-all: $(VENV)/.test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
+test-all: ready-test $(VENV)/.cuda_plugin $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch)
 	$(call pytest,$(VENV)) --all
 
 # The tests that depend on the version of JAX. One Python's wheel, which is built once, serves every JAX.
-test-floor test-between test-newest: test-%: .venv-%/.versions
+test-floor test-between test-newest: test-%:
+	$(call side_by_side,.venv-$*/.versions)
 	$(call pytest,.venv-$*) -m "not any_jax"
 
 # For each Python that is here, a wheel for other machines, in dist/. Its manylinux tag says which.

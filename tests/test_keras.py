@@ -736,6 +736,7 @@ def test_functions_that_take_labels_first_are_not() -> None:
         partial(ours.binary_crossentropy, from_logits=True),
         lambda y_true, y_pred: jax_bce.loss(y_pred, y_true, axis=-1),
     ):
+        keras.utils.set_random_seed(0)  # a layer draws its seed when it is made
         model = a_model(DENSE(1))
         model.compile("sgd", function, weighted_metrics=[function])
         losses.append(model.fit(*data, verbose=0).history["loss"])
