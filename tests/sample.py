@@ -1,9 +1,10 @@
 """Which tests a run without `--all` leaves out: those that are slow, and most cases of a grid.
 
-A test marked `thorough` is left out. Every other test is run. A parametrized one runs with a few of
-its cases, chosen so that each value of each parameter is used with each kernel. XLA's own code does
-not get each value: it has at least one case of each test. The choice is the same in every run. Of
-the examples that hypothesis draws, a fifth is tested.
+A test marked `thorough` is left out. Every other test is run; `make test` also leaves out those
+marked `second`. A parametrized one runs with a few of its cases, chosen so that each value of each
+parameter is used with each kernel. XLA's own code does not get each value: it has at least one case
+of each test. The choice is the same in every run. Of the examples that hypothesis draws, a fifth is
+tested.
 """
 
 from collections import Counter, defaultdict

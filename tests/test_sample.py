@@ -31,7 +31,7 @@ def test_ci_runs_every_case(pytestconfig: pytest.Config) -> None:
     """No mark keeps a test from CI: `make test-all` deselects nothing."""
     assert "step make test-all " in (ROOT / ".ci" / "run").read_text()
     assert options_of("test-all") == [*PARALLEL, "--all"]
-    assert options_of("test") == PARALLEL
+    assert options_of("test") == [*PARALLEL, "-m", "not second"]
     selecting = re.compile("-[mk]|--(ignore|deselect)")
     assert not [option for option in pytestconfig.getini("addopts") if selecting.match(option)]
 
