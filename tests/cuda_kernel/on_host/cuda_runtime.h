@@ -138,6 +138,9 @@ class Device {
     for (first_ = 0; first_ < grid.x; first_ += at_once_) run_blocks();
   }
 
+  // Whether a cluster can be launched: not always, as on a GPU that others use, too.
+  bool has_room() { return random_() % 8 > 0; }
+
   void sync_threads() { wait(&block_[block_of(fiber_)]); }
   void sync_cluster() { wait(&cluster_); }
 
@@ -318,6 +321,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool cluster =
       config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeClusterDimension;
   if (cluster && config->attrs->val.clusterDim.x != config->gridDim.x) abort();
+  if (cluster && !cuda_on_host::device.has_room()) return cudaErrorInvalidValue;
   cuda_on_host::device.run(config->gridDim, config->blockDim.x, cluster,
                            [=] { kernel(arguments...); });
   return cudaSuccess;
